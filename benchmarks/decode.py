@@ -1,0 +1,187 @@
+"""Time one decode step of a Qwen3 under each compiler and mode, all in one process, interleaved.
+
+    python benchmarks/decode.py --model Qwen3-0.6B --batch 1 --out benchmarks/results/h200
+
+A step is the whole forward of the Hugging Face model, embedding to logits, with its StaticCache. Rounds visit every
+variant once, so that a drift of the GPU touches all alike; the median over the rounds is reported. The weights do
+not fit the cache (1.2 GB against 60 MB), so every step reads them from memory.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from models import qwen3_config, random_model, static_cache
+
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "inductor": {"backend": "inductor"},
+    "inductor reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
+    "inductor max-autotune": {"backend": "inductor", "mode": "max-autotune"},
+    "fusepass": {"backend": "fusepass"},
+    "fusepass reduce-overhead": {"backend": "fusepass", "mode": "reduce-overhead"},
+    "fusepass max-autotune": {"backend": "fusepass", "mode": "max-autotune"},
+}
+
+
+def stream_bandwidth() -> float:
+    """Bytes per second that a plain read of 4 GB reaches on this GPU, measured now."""
+    x = torch.empty(1 << 31, dtype=torch.bfloat16, device="cuda").view(torch.int32)
+    ms = triton.testing.do_bench(lambda: x.sum(dtype=torch.int64), return_mode="median")
+    return x.numel() * 4 / ms * 1e3
+
+
+def step_bytes(model: Any, batch: int, context: int) -> int:
+    """Fewest bytes a decode step must read: every weight but the embedding table once, and the keys and values."""
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context * batch
+    return weights + kv * model.dtype.itemsize
+
+
+def kernels_per_step(step: Callable[[], Any]) -> int:
+    """Number of kernels and memory operations one step runs on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One row for each variant: ms and tokens per second of a step, and what it took to get there."""
+    torch._dynamo.config.recompile_limit = 64
+    model = random_model(qwen3_config(args.model), torch.bfloat16, "cuda")
+    cache = static_cache(model, args.batch, args.cache)
+    ids = torch.randint(model.config.vocab_size, (args.batch, 1), device="cuda")
+    prompt = torch.randint(model.config.vocab_size, (args.batch, args.context), device="cuda")
+    start = torch.full_like(cache.layers[0].cumulative_length, args.context)
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.copy_(start)
+
+    def stepper(forward: Callable[..., Any]) -> Callable[[], Any]:
+        def step() -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return forward(ids, past_key_values=cache, use_cache=True).logits
+
+        return step
+
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    with torch.no_grad():
+        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for name in args.variants:
+            rewind()
+            kwargs = VARIANTS[name]
+            torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            steps[name] = stepper(torch.compile(model, dynamic=False, **kwargs) if kwargs else model)
+            for _ in range(4):
+                steps[name]()
+            torch.cuda.synchronize()
+            rows[name] = {"first_calls_s": round(time.perf_counter() - begin, 2)}
+            rows[name]["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            print(f"{name}: ready after {rows[name]['first_calls_s']} s", flush=True)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(args.rounds):
+            for name, step in steps.items():
+                rewind()
+                step()
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                count = min(args.steps, 8) if name == "eager" else args.steps
+                events[0].record()
+                for _ in range(count):
+                    step()
+                events[1].record()
+                torch.cuda.synchronize()
+                times[name].append(events[0].elapsed_time(events[1]) / count)
+        for name, step in steps.items():
+            rewind()
+            rows[name]["kernels"] = kernels_per_step(step)
+    bandwidth = stream_bandwidth()
+    ideal = step_bytes(model, args.batch, args.context) / bandwidth * 1e3
+    for name, row in rows.items():
+        row["ms"] = round(statistics.median(times[name]), 4)
+        row["spread_ms"] = round(max(times[name]) - min(times[name]), 4)
+        row["tokens_per_s"] = round(args.batch / row["ms"] * 1e3, 1)
+        row["percent_of_ideal"] = round(100 * ideal / row["ms"], 1)
+    return {
+        "model": args.model,
+        "batch": args.batch,
+        "context": args.context,
+        "cache": args.cache,
+        "dtype": "bfloat16",
+        "ideal_ms": round(ideal, 4),
+        "bandwidth_tb_s": round(bandwidth / 1e12, 3),
+        "rows": rows,
+        **environment(args.commit),
+    }
+
+
+def environment(commit: str) -> dict[str, str]:
+    """What a figure depends on besides the code that is measured."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or git.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text, one line a variant."""
+    lines = [
+        f"{result['model']}, batch {result['batch']}, context {result['context']}, {result['gpu']}, "
+        f"ideal {result['ideal_ms']} ms at {result['bandwidth_tb_s']} TB/s",
+        f"{'':26}{'ms':>9}{'tok/s':>9}{'% ideal':>9}{'kernels':>9}{'first s':>9}{'peak GB':>9}",
+    ]
+    for name, row in result["rows"].items():
+        lines.append(
+            f"{name:26}{row['ms']:9.3f}{row['tokens_per_s']:9.0f}{row['percent_of_ideal']:9.1f}{row['kernels']:9d}"
+            f"{row['first_calls_s']:9.1f}{row['peak_gb']:9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="Qwen3-0.6B")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--cache", type=int, default=1024, help="length of the static cache")
+    parser.add_argument("--steps", type=int, default=50, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--out", type=Path, help="folder to write <model>-b<batch>.json to")
+    parser.add_argument("--commit", default="", help="recorded where the repository is not a git checkout")
+    args = parser.parse_args()
+    result = measure(args)
+    print(table(result))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"decode-{args.model}-b{args.batch}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""fusepass: a torch.compile backend that runs Hugging Face models on fused Triton kernels.
+
+    torch.compile(model, backend="fusepass")      # or model.compile(backend="fusepass")
+    fusepass.reports()                            # what was fused where, and why not elsewhere
+
+No import is needed for the backend itself. Importing this package imports neither torch nor Triton.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusepass.fusion import fusions
+    from fusepass.options import Options
+    from fusepass.report import GraphReport, Site, reports, reset
+
+__version__ = "0.1.0"
+__all__ = ["GraphReport", "Options", "Site", "fusions", "reports", "reset"]
+
+_HOMES = {
+    "GraphReport": "report",
+    "Options": "options",
+    "Site": "report",
+    "fusions": "fusion",
+    "reports": "report",
+    "reset": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

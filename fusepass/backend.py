@@ -1,0 +1,110 @@
+"""The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fusepass import inductor
+from fusepass.graph import is_op, mutated, rsqrt_of
+from fusepass.options import Options, cpu_mode, disabled
+from fusepass.report import GraphReport, record
+
+log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+class NothingFused(RuntimeError):
+    """`strict`: a graph that has RMSNorms got no fusion."""
+
+
+def fusepass(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend that `torch.compile(model, backend="fusepass")` calls for each graph Dynamo captured.
+
+    `mode` means for Inductor what it means in torch.compile; `options` are the fields of `Options`. Raises ValueError
+    or TypeError for options that do not exist, and `NothingFused` if `strict` asks for it. A fault of our own is logged and
+    leaves the graph as it was.
+    """
+    parsed = Options.parse(options, mode)
+    if disabled():
+        return inductor.compile_with_inductor(gm, example_inputs, parsed.mode, parsed.inductor, fused=False)
+
+    report = _fuse(gm, example_inputs, parsed)
+    record(report)
+    log.info("%s", report.summary())
+    fused = bool(report.counts())
+    if not fused and (norms := _rms_norms(gm)):
+        _complain(report, norms, parsed.strict)
+
+    if parsed.remainder == "eager":
+        if parsed.mode not in (None, "default"):
+            _warn_once(f"mode={parsed.mode!r} has no effect with remainder='eager'")
+        return gm.forward
+    if inductor.uses_cuda_graphs(parsed.mode, parsed.inductor):
+        _warn_about_caches(gm)
+    return inductor.compile_with_inductor(gm, example_inputs, parsed.mode, parsed.inductor, fused)
+
+
+fusepass.reset = inductor.reset  # type: ignore[attr-defined]
+
+
+def _fuse(gm: GraphModule, example_inputs: list[Any], options: Options) -> GraphReport:
+    """Rewrite `gm` in place, or say in the report why not."""
+    context = torch._guards.CompileContext.try_get()
+    compile_id = str(context.compile_id) if context is not None and context.compile_id else "?"
+    on_cpu = not any(isinstance(item, Tensor) and item.device.type == "cuda" for item in example_inputs)
+    if on_cpu and cpu_mode() == "off":
+        return GraphReport(compile_id, untouched="it runs on a CPU (FUSEPASS_CPU=interpret runs the kernels there)")
+    try:
+        from fusepass.rewrite import fuse
+
+        return fuse(gm, options, compile_id)
+    except Exception as fault:
+        if (key := f"{type(fault).__name__}: {fault}") not in _logged:
+            _logged.add(key)
+            log.exception("fusepass failed on graph %s, which is compiled unmodified; please report this", compile_id)
+        return GraphReport(compile_id, untouched=f"a fault in fusepass: {key}")
+
+
+def _rms_norms(gm: GraphModule) -> int:
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    return sum(rsqrt_of(node) is not None for graph in graphs for node in graph.nodes)
+
+
+def _complain(report: GraphReport, norms: int, strict: bool) -> None:
+    reasons = list(dict.fromkeys(site.reason for site in report.sites if site.reason))
+    cause = report.untouched or "; ".join(reasons[:3]) or "no fusion matched"
+    message = f"graph {report.compile_id} has {norms} RMSNorms and got no fusion: {cause}"
+    if strict:
+        raise NothingFused(message)
+    if report.untouched and "CPU" in report.untouched:
+        return  # the INFO line says so already, and it is what the user asked for
+    log.warning("%s", message)
+
+
+def _warn_about_caches(gm: GraphModule) -> None:
+    """Inductor drops CUDA graphs in silence when a graph writes an input that is not marked static."""
+    for node in gm.graph.nodes:
+        for written in mutated(node):
+            info = written.meta.get("tensor_dict", {}) if written.op == "placeholder" else None
+            if info is not None and not info.get("_dynamo_static_input_type") and not is_op(node, "getitem"):
+                _warn_once(
+                    f"the graph writes '{written.name}', which is not marked static, so Inductor will not use CUDA graphs; "
+                    "initialise the cache before compiling (StaticCache.early_initialization), or let generate() compile"
+                )
+                return
+
+
+def _warn_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        log.warning("%s", message)

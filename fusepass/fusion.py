@@ -1,0 +1,91 @@
+"""What a fusion is, and which ones there are.
+
+A fusion is one class in one file of `patterns/` (or of another package, through the entry-point group
+`fusepass.fusions`) with three verbs: `match` finds a candidate, `check` says whether it is valid here and if not
+why, `rewrite` names the op and its arguments. None of them changes the graph: `fusepass.rewrite` does.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+
+class Refused(Exception):
+    """Raised by `check`: this match must not be rewritten. `code` is one of `fusepass.report.CODES`."""
+
+    def __init__(self, code: str, reason: str, node: Node | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Match:
+    """A region of the graph that one op can stand for."""
+
+    anchor: Node
+    """The node whose module path and source line stand for the site."""
+    activation: Node
+    """The tensor that the region transforms. Nodes that read only the shape of an interior value read its instead."""
+    parameters: tuple[Node, ...]
+    """Weights, norm weights and biases."""
+    others: tuple[Node, ...]
+    """The other tensors it reads: cos, sin, a residual."""
+    interior: tuple[Node, ...]
+    """Every node that the op makes superfluous, the outputs included."""
+    outputs: tuple[Node, ...]
+    """The values that live on, in the order of the op's results."""
+
+    @property
+    def tensors(self) -> tuple[Node, ...]:
+        return (self.activation, *self.parameters, *self.others)
+
+
+class Fusion(ABC):
+    """One rule. Subclasses set the class variables and the three verbs, and hold no state."""
+
+    name: ClassVar[str]
+    """Public name: the key in `options={"fusions": ...}`, the site's `fusion`, the op's name."""
+    summary: ClassVar[str]
+    """One line for people."""
+    order: ClassVar[int]
+    """Fusions run in this order, longest first: a node belongs to one site."""
+    default: ClassVar[bool] = True
+    """Whether it is on unless the options say otherwise."""
+
+    @abstractmethod
+    def match(self, node: Node) -> Match | None:
+        """The region that ends at `node`, if there is one."""
+
+    @abstractmethod
+    def check(self, match: Match) -> None:
+        """Raise `Refused` if the op would not compute what the region does. What holds for every fusion (users,
+        mutation, autocast, grad, plain tensors, one device and dtype) is checked by `fusepass.validity` already."""
+
+    @abstractmethod
+    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The op and its arguments (nodes and constants); its results replace `match.outputs`."""
+
+
+@functools.cache
+def fusions() -> tuple[Fusion, ...]:
+    """All registered fusions in the order they run: those in `fusepass.patterns` and of other packages' entry points."""
+    patterns = importlib.import_module("fusepass.patterns")
+    modules = [importlib.import_module(f"{patterns.__name__}.{m.name}") for m in pkgutil.iter_modules(patterns.__path__)]
+    classes = {
+        cls
+        for module in modules
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Fusion) and cls.__module__ == module.__name__
+    }
+    classes |= {entry.load() for entry in entry_points(group="fusepass.fusions")}
+    return tuple(sorted((cls() for cls in classes), key=lambda fusion: (fusion.order, fusion.name)))

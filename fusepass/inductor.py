@@ -1,0 +1,74 @@
+"""Hand the remainder to Inductor, with its modes, options and caches as they are."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, GraphModule
+
+_SLOT = "post_grad_custom_post_pass"
+
+
+@functools.cache
+def code_identity() -> bytes:
+    """Hash of every source file of this package, tuned tables included."""
+    root = Path(__file__).parent
+    files = sorted(str(file) for pattern in ("*.py", "*.json") for file in root.glob(f"**/{pattern}"))
+    # `**` does not follow a linked directory, and patterns/ is one in a checkout.
+    files += sorted(str(file) for file in (root / "patterns").glob("*.py"))
+    return get_hash_for_files(tuple(dict.fromkeys(files)))
+
+
+class CacheIdentity(CustomGraphPass):
+    """A pass that changes nothing and whose uuid makes this package's code part of Inductor's cache keys: the graphs
+    name our ops, and what an op's fake or kernels do is otherwise invisible to FxGraphCache. A user's own pass in the
+    same slot runs as it would without us."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner
+
+    def __call__(self, graph: Graph) -> None:
+        for one in self._passes():
+            one(graph)
+
+    def uuid(self) -> Any:
+        inner = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self._passes()]
+        # None tells Inductor not to cache: so it is without us for a pass that has no uuid.
+        return None if None in inner else (code_identity(), *inner)
+
+    def _passes(self) -> list[Any]:
+        if self.inner is None:
+            return []
+        return list(self.inner) if isinstance(self.inner, list | tuple) else [self.inner]
+
+
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: list[Any], mode: str | None, options: Mapping[str, Any], fused: bool
+) -> Callable[..., Any]:
+    """What `torch.compile(mode=mode, options=options)` does with a graph; `fused`: it holds our ops."""
+    patches = dict(options)
+    if fused:
+        from torch._inductor import config
+
+        patches[_SLOT] = CacheIdentity(patches.get(_SLOT, getattr(config, _SLOT)))
+    wrapper = torch._TorchCompileInductorWrapper(mode, patches, None)
+    return wrapper(gm, example_inputs)
+
+
+def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether Inductor will try CUDA graphs in this mode."""
+    from torch._inductor import config, list_mode_options
+
+    default = list_mode_options(mode).get("triton.cudagraphs", config.triton.cudagraphs) if mode else config.triton.cudagraphs
+    return bool(options.get("triton.cudagraphs", default))
+
+
+def reset() -> None:
+    """Called by `torch._dynamo.reset()`: drop the CUDA graphs that Inductor recorded for us."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()

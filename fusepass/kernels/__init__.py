@@ -1,0 +1,1 @@
+"""The Triton kernels, one family a file. Nothing here is imported until an op first launches one."""

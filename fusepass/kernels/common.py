@@ -1,0 +1,47 @@
+"""Device functions that several kernels share.
+
+`HIGH` is the precision option as a constexpr: False rounds to the activation's dtype wherever the eager
+graph would have stored a tensor ("match"), True keeps f32 ("high").
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def stored(x, dtype: tl.constexpr, HIGH: tl.constexpr):
+    """`x` (f32) as it reads back after eager has stored it in `dtype`."""
+    if HIGH:
+        return x
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def normalise(x, weight, rstd, dtype: tl.constexpr, HIGH: tl.constexpr):
+    """Hugging Face's RMSNorm after the statistics: round x * rstd, multiply by the weight, round."""
+    return stored(stored(x * rstd, dtype, HIGH) * weight, dtype, HIGH)
+
+
+@triton.jit
+def inverse_rms(x_ptr, K: tl.constexpr, eps, BLOCK_K: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of one contiguous row, in f32. Programs that share a row recompute it: the row
+    is a few KB and stays in L2, while a kernel of its own would cost a launch."""
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, k < K, other=0.0).to(tl.float32)
+        total += x * x
+    return tl.rsqrt(tl.sum(total) / K + eps)
+
+
+@triton.jit
+def gated(gate, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr, HIGH: tl.constexpr):
+    """activation(gate) * up in f32; ACTIVATION is "silu" or "gelu_tanh"."""
+    gate = stored(gate, dtype, HIGH)
+    if ACTIVATION == "silu":
+        activated = gate / (1.0 + tl.exp(-gate))
+    else:
+        # 0.5 x (1 + tanh(y)) = x sigmoid(2 y), y = sqrt(2/pi) (x + 0.044715 x^3): https://arxiv.org/abs/1606.08415
+        activated = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+    return stored(activated, dtype, HIGH) * stored(up, dtype, HIGH)

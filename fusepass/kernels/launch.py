@@ -1,0 +1,13 @@
+"""What every launcher needs to know about the machine."""
+
+import triton
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, where a program costs 2-4 ms: then few, large programs are best."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def block_k(k: int, most: int) -> int:
+    """Power-of-two tile along K: the whole of K if it fits in `most`, else `most`."""
+    return min(triton.next_power_of_2(k), most)

@@ -1,0 +1,142 @@
+"""The tensor-core path for few rows (batched decode): the weights are the M side of the product.
+
+`tl.dot` needs at least 16 rows on its M side and rounds activation rows up; with A and B swapped the padding falls
+on the N side, where 16 is the smallest tile, and every weight is read once whatever the number of rows.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusepass.kernels.common import gated as gated_value
+from fusepass.kernels.common import stored
+from fusepass.kernels.launch import interpreted
+
+
+@triton.jit
+def _tile(w_ptr, x_ptr, x_stride, rows, m, start, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One K step's weights [BLOCK_N, BLOCK_K] and activations, transposed, [BLOCK_K, BLOCK_M]."""
+    k = start + tl.arange(0, BLOCK_K)
+    w = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], (k < K)[None, :], other=0.0)
+    x = tl.load(x_ptr + m.to(tl.int64)[None, :] * x_stride + k[:, None], (k < K)[:, None] & (m < M)[None, :], other=0.0)
+    return w, x
+
+
+@triton.jit
+def linear_skinny_kernel(
+    x_ptr, x_stride,
+    w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
+    residual_ptr, residual_stride, M,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """y_i = x @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
+
+    x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. Biases, w1, w2 and residual may be None.
+    """
+    block = tl.program_id(0)
+    w_ptr, b_ptr, y_ptr, N = w0_ptr, b0_ptr, y0_ptr, N0
+    if w1_ptr is not None:
+        blocks0, blocks1 = tl.cdiv(N0, BLOCK_N), tl.cdiv(N1, BLOCK_N)
+        if block >= blocks0 + blocks1:
+            block -= blocks0 + blocks1
+            w_ptr, y_ptr, N = w2_ptr, y2_ptr, N2
+            if b0_ptr is not None:
+                b_ptr = b2_ptr
+        elif block >= blocks0:
+            block -= blocks0
+            w_ptr, y_ptr, N = w1_ptr, y1_ptr, N1
+            if b0_ptr is not None:
+                b_ptr = b1_ptr
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1)
+    m = tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        w, x = _tile(w_ptr, x_ptr, x_stride, rows, m, start, M, K, BLOCK_K)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n, n < N, other=0.0).to(tl.float32)[:, None]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    m = m.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + m * residual_stride + n[:, None], mask, other=0.0).to(tl.float32)
+        acc = stored(acc, dtype, HIGH) + residual
+    tl.store(y_ptr + m * N + n[:, None], acc.to(dtype), mask)
+
+
+@triton.jit
+def gated_skinny_kernel(
+    x_ptr, x_stride, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """y = activation(x @ gate.T + b) * (x @ up.T + b); shapes as in `linear_skinny_kernel`."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1)
+    m = tl.arange(0, BLOCK_M)
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        g, x = _tile(gate_ptr, x_ptr, x_stride, rows, m, start, M, K, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K)
+        u = tl.load(up_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], (k < K)[None, :], other=0.0)
+        gate = tl.dot(g, x, gate, input_precision="ieee")
+        up = tl.dot(u, x, up, input_precision="ieee")
+    if gate_bias_ptr is not None:
+        gate += tl.load(gate_bias_ptr + n, n < N, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(up_bias_ptr + n, n < N, other=0.0).to(tl.float32)[:, None]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), mask)
+
+
+def _config(m: int, n: int, element_size: int) -> dict[str, int]:
+    """Block sizes, warps and stages. Small N tiles: Qwen3-0.6B's o_proj has 1024 features for 132 multiprocessors."""
+    block_m = max(16, triton.next_power_of_2(m))
+    if interpreted():
+        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
+    block_n = 16 if n < 4096 else 64
+    block_k = (256 if block_n == 16 else 128) * 2 // element_size
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    residual: Tensor | None,
+    high: bool,
+) -> None:
+    """Launch `linear_skinny_kernel`: one weight or three; biases all or none. Shapes as in `project`; M <= 64."""
+    m, k = x.shape
+    sizes = [w.shape[0] for w in weights]
+    pad = [None] * (3 - len(weights))
+    config = _config(m, sum(sizes), x.element_size())
+    grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
+    linear_skinny_kernel[grid](
+        x, x.stride(0), *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
+        residual, 0 if residual is None else residual.stride(0), m, K=k, HIGH=high, **config,
+    )  # fmt: skip
+
+
+def gated(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    out: Tensor,
+    activation: str,
+    high: bool,
+) -> None:
+    """Launch `gated_skinny_kernel`. x: [M, K], M <= 64; gate, up: [N, K]; out: [M, N]; biases both or none."""
+    m, k = x.shape
+    n = gate.shape[0]
+    config = _config(m, n, x.element_size())
+    gated_skinny_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
+        x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m, K=k, ACTIVATION=activation, HIGH=high, **config
+    )

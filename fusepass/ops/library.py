@@ -1,0 +1,147 @@
+"""How an op is registered, and how it chooses a strategy.
+
+An op is opaque to Inductor (`Library.define` + `impl`): Inductor inlines a user's Triton kernel but drops launch
+options such as `launch_pdl`, and an opaque op can choose by the number of rows in each call, so that dynamic shapes
+do not recompile. `Library.impl` costs about 6 us a call where `torch.library.custom_op` costs 12.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Strategy = Literal["rows", "skinny", "library"]
+
+LIBRARY = torch.library.Library("fusepass", "DEF")
+
+ROWS_LIMIT = 4
+"""Most rows that the row-vector (GEMV) kernels take: each row is an accumulator tile in registers."""
+SKINNY_LIMIT = 64
+"""Most rows that the skinny tensor-core kernels take: above it a library GEMM is faster."""
+
+_forced: Strategy | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered operator. `reference` is the same function in plain torch, on any device."""
+
+    name: str
+    overload: torch._ops.OpOverload
+    reference: Callable[..., Any]
+
+
+OPS: dict[str, Op] = {}
+
+
+def strategy(rows: int) -> Strategy:
+    """How to run `rows` activation rows against weights: GEMV, skinny tensor-core kernel or library GEMM."""
+    if _forced is not None:
+        return _forced
+    return "rows" if rows <= ROWS_LIMIT else "skinny" if rows <= SKINNY_LIMIT else "library"
+
+
+@contextlib.contextmanager
+def force_strategy(name: Strategy) -> Iterator[None]:
+    """Make every op in the process use one strategy (tests and benchmarks). "rows" takes at most `ROWS_LIMIT` rows,
+    "skinny" at most `SKINNY_LIMIT`."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def expect(condition: bool, op: str, argument: str, value: Tensor, expected: str) -> None:
+    """Raise a ValueError that names the argument, what it is and what was expected, unless `condition`."""
+    if not condition:
+        raise ValueError(
+            f"fusepass::{op}: argument '{argument}' is {value.dtype} of shape {tuple(value.shape)} "
+            f"and strides {value.stride()} on {value.device}; expected {expected}"
+        )
+
+
+def expect_activation(op: str, argument: str, x: Tensor, ndim: int | None = None) -> None:
+    """An activation is a floating-point tensor with at least one dimension, of any strides."""
+    expect(x.dtype in (torch.bfloat16, torch.float16, torch.float32), op, argument, x, "bfloat16, float16 or float32")
+    if ndim is None:
+        expect(x.dim() > 0, op, argument, x, "at least one dimension")
+    else:
+        expect(x.dim() == ndim, op, argument, x, f"{ndim} dimensions")
+
+
+def expect_parameter(op: str, argument: str, weight: Tensor | None, x: Tensor, *shape: int) -> None:
+    """A parameter is contiguous, of the given shape (-1: any size), with the dtype and device of the activation `x`."""
+    if weight is not None:
+        same = len(shape) == weight.dim() and all(want in (-1, got) for want, got in zip(shape, weight.shape))
+        same = same and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
+        wanted = f"[{', '.join('any' if size == -1 else str(size) for size in shape)}]"
+        expect(same, op, argument, weight, f"a contiguous {x.dtype} tensor of shape {wanted} on {x.device}")
+
+
+def _cpu(name: str, reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # Triton's interpreter computes bf16 on the raw 16 bits (Triton 3.7): bf16 on a CPU is always the reference.
+        if os.environ.get("FUSEPASS_CPU") == "interpret" and args[0].dtype != torch.bfloat16:
+            return launch(*args)
+        return reference(*args)
+
+    return run
+
+
+def _cuda(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # Triton launches on the current device, whichever device its arguments are on.
+        if args[0].device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(args[0].device):
+            return launch(*args)
+
+    return run
+
+
+def _autograd(name: str, overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise RuntimeError(f"fusepass::{name} has no backward: call it under torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    return run
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    launch: Callable[..., Any],
+    check: Callable[..., None],
+) -> Op:
+    """Register `fusepass::<name of schema>`.
+
+    All four functions take the schema's arguments. `check` raises for impossible input and runs before each of the
+    others; `fake` returns empty outputs with the shapes and strides that `reference` gives.
+    """
+    name = schema.split("(")[0]
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            check(*args)
+            return function(*args)
+
+        return run
+
+    LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    overload = getattr(torch.ops.fusepass, name).default
+    torch.library.register_fake(f"fusepass::{name}", checked(fake), lib=LIBRARY)
+    LIBRARY.impl(name, checked(_cpu(name, reference, launch)), "CPU")
+    LIBRARY.impl(name, checked(_cuda(launch)), "CUDA")
+    LIBRARY.impl(name, _autograd(name, overload), "Autograd")
+    OPS[name] = Op(name, overload, reference)
+    return OPS[name]

@@ -1,0 +1,50 @@
+"""`fusepass::linear_residual`: a linear layer and the residual add after it."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusepass.ops.library import define, expect, expect_activation, expect_parameter
+from fusepass.ops.project import as_rows, project
+
+OP = "linear_residual"
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, high: bool) -> Tensor:
+    """residual + x @ weight.T + bias.
+
+    x: [..., K]; weight: [N, K]; bias: [N] or None; residual: [..., N]. The product is rounded to x's dtype before
+    the add, unless `high`.
+    """
+    if high:
+        y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return (residual.float() + y).to(x.dtype)
+    return residual + F.linear(x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, high: bool) -> None:
+    expect_activation(OP, "x", x)
+    expect_parameter(OP, "weight", weight, x, -1, x.shape[-1])
+    expect_parameter(OP, "bias", bias, x, weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    same = residual.shape == shape and residual.dtype == x.dtype and residual.device == x.device
+    expect(same, OP, "residual", residual, f"{x.dtype} of shape {shape} on {x.device}")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, high: bool) -> Tensor:
+    return x.new_empty(residual.shape)
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, high: bool) -> Tensor:
+    out = x.new_empty(residual.shape)
+    if out.numel():
+        project(as_rows(x), None, 0.0, [weight], [bias], [as_rows(out)], as_rows(residual), high)
+    return out
+
+
+linear_residual = define(
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, bool high) -> Tensor",
+    fake=_fake,
+    reference=reference,
+    launch=_launch,
+    check=_check,
+)

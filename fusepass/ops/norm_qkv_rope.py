@@ -1,0 +1,151 @@
+"""`fusepass::norm_qkv_rope`: RMSNorm, the q/k/v linears, the norm of each q and k head, and RoPE."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusepass.ops import rms_norm
+from fusepass.ops.library import define, expect, expect_activation, expect_parameter
+from fusepass.ops.project import as_rows, project
+
+OP = "norm_qkv_rope"
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H * D] as [B, H, S, D], the view that attention reads."""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    lo, hi = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-hi, lo), dim=-1) * sin
+
+
+def reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_eps: float,
+    k_norm_weight: Tensor | None,
+    k_norm_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    high: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B, Hq, S, D], rotated keys [B, Hkv, S, D] and values [B, Hkv, S, D].
+
+    x: [B, S, K]; norm_weight: [K] or None; q: [Hq * D, K]; k, v: [Hkv * D, K]; biases: of the weights' first size, or
+    None; q_norm_weight, k_norm_weight: [D] or None; cos, sin: broadcastable to [B, 1, S, D]; D = head_dim, even.
+    The three results lie in memory as [B, S, H, D]. RoPE is the half-split form of https://arxiv.org/abs/2104.09864.
+    Rounds to x's dtype where eager would, unless `high`.
+    """
+    h = x if norm_weight is None else rms_norm.reference(x, norm_weight, norm_eps, high)
+    dtype = x.dtype
+    if high:
+        h, q, k, v, cos, sin = (t.float() for t in (h, q, k, v, cos, sin))
+        q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight = (
+            None if t is None else t.float() for t in (q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight)
+        )
+    query = _heads(F.linear(h, q, q_bias), head_dim)
+    key = _heads(F.linear(h, k, k_bias), head_dim)
+    value = _heads(F.linear(h, v, v_bias), head_dim)
+    if q_norm_weight is not None:
+        query = rms_norm.reference(query, q_norm_weight, q_norm_eps, high)
+    if k_norm_weight is not None:
+        key = rms_norm.reference(key, k_norm_weight, k_norm_eps, high)
+    return _rope(query, cos, sin).to(dtype), _rope(key, cos, sin).to(dtype), value.to(dtype)
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_eps: float,
+    k_norm_weight: Tensor | None,
+    k_norm_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    high: bool,
+) -> None:
+    expect_activation(OP, "x", x, ndim=3)
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(f"fusepass::{OP}: head_dim is {head_dim}; expected a positive even number")
+    expect_parameter(OP, "norm_weight", norm_weight, x, x.shape[-1])
+    for name, weight, bias in (("q", q, q_bias), ("k", k, k_bias), ("v", v, v_bias)):
+        expect_parameter(OP, name, weight, x, -1, x.shape[-1])
+        expect(weight.shape[0] % head_dim == 0, OP, name, weight, f"a multiple of head_dim ({head_dim}) rows")
+        expect_parameter(OP, f"{name}_bias", bias, x, weight.shape[0])
+    expect_parameter(OP, "q_norm_weight", q_norm_weight, x, head_dim)
+    expect_parameter(OP, "k_norm_weight", k_norm_weight, x, head_dim)
+    for name, table in (("cos", cos), ("sin", sin)):
+        same = table.dim() == 4 and table.shape[1] == 1 and table.shape[3] == head_dim
+        same = same and table.shape[0] in (1, x.shape[0]) and table.shape[2] in (1, x.shape[1])
+        same = same and table.dtype == x.dtype and table.device == x.device
+        expect(same, OP, name, table, f"{x.dtype} broadcastable to [{x.shape[0]}, 1, {x.shape[1]}, {head_dim}]")
+
+
+def _fake(x: Tensor, norm_weight: Tensor | None, norm_eps: float, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple:
+    head_dim = rest[9]
+    return tuple(_heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))  # type: ignore[arg-type]
+
+
+def _launch(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_eps: float,
+    k_norm_weight: Tensor | None,
+    k_norm_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    high: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fusepass.kernels.rope import qk_norm_rope
+
+    batch, seq, _ = x.shape
+    query, key, value = (x.new_empty(batch, seq, w.shape[0]) for w in (q, k, v))
+    if x.numel():
+        # "high" keeps the projections in f32 up to the rotation, where the kernels can (a library GEMM cannot).
+        rows = as_rows(x)
+        raw = [torch.empty_like(t, dtype=torch.float32) if high else t for t in (query, key)]
+        outs = [as_rows(raw[0]), as_rows(raw[1]), as_rows(value)]
+        project(rows, norm_weight, norm_eps, [q, k, v], [q_bias, k_bias, v_bias], outs, None, high)
+        qk_norm_rope(
+            raw[0], raw[1], query, key, q_norm_weight, k_norm_weight, q_norm_eps, k_norm_eps, cos, sin, head_dim, high
+        )
+    return _heads(query, head_dim), _heads(key, head_dim), _heads(value, head_dim)
+
+
+norm_qkv_rope = define(
+    "norm_qkv_rope(Tensor x, Tensor? norm_weight, float norm_eps, Tensor q, Tensor k, Tensor v, Tensor? q_bias, "
+    "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm_weight, float q_norm_eps, Tensor? k_norm_weight, "
+    "float k_norm_eps, Tensor cos, Tensor sin, int head_dim, bool high) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    reference=reference,
+    launch=_launch,
+    check=_check,
+)

@@ -1,0 +1,83 @@
+"""What happened to each graph: sites, and one report a compiled graph."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+CODES: dict[str, str] = {
+    "autocast": "autocast is in force, so the ops of this region run in other dtypes than the graph shows",
+    "cpu": "the kernels cannot run this on a CPU",
+    "device": "the tensors of the region are not all on one CUDA (or CPU) device",
+    "dtype": "the dtypes of activation, weights and result are not the ones the op computes in",
+    "extra-user": "a value inside the region is also used outside it",
+    "grad": "the region needs a gradient and the op has no backward",
+    "mutation": "something the region reads is written in place in its middle",
+    "order": "a result of the region is used before the region's last input exists",
+    "shape": "a tensor does not have the shape that the op takes",
+    "strides": "the op lays its result out in memory differently than the graph does",
+    "tensor-subclass": "an input is not a plain tensor (DTensor, quantised tensor, ...)",
+    "weight-layout": "a weight is not a contiguous tensor of the expected number of dimensions",
+}
+"""Every reason a site can be refused for: `Site.code` and what it means."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one graph where a fusion applied or was refused."""
+
+    fusion: str
+    """Name of the fusion, e.g. "norm_qkv_rope"."""
+    path: str
+    """Module path in the user's model, e.g. "model.layers.3.self_attn"."""
+    source: str
+    """The user's line: "file.py:42, in forward: code"."""
+    code: str | None = None
+    """Why it was refused, one of `CODES`; None when fused."""
+    reason: str | None = None
+    """The same in a sentence about this site; None when fused."""
+
+    @property
+    def fused(self) -> bool:
+        return self.code is None
+
+
+@dataclass
+class GraphReport:
+    """What fusepass did to one graph that Dynamo captured."""
+
+    compile_id: str
+    """Dynamo's id of the graph, e.g. "0/0"."""
+    sites: list[Site] = field(default_factory=list)
+    untouched: str | None = None
+    """Why no fusion was tried (a CPU graph, a fault); None when they were."""
+
+    def counts(self) -> Counter[str]:
+        """Number of fused sites by fusion."""
+        return Counter(site.fusion for site in self.sites if site.fused)
+
+    def summary(self) -> str:
+        """One line: what was fused and what was refused."""
+        if self.untouched:
+            return f"graph {self.compile_id}: untouched: {self.untouched}"
+        fused = ", ".join(f"{name} x{count}" for name, count in sorted(self.counts().items())) or "nothing"
+        refused = Counter(site.code for site in self.sites if not site.fused)
+        tail = "".join(f", {count} refused ({code})" for code, count in sorted(refused.items(), key=str))
+        return f"graph {self.compile_id}: fused {fused}{tail}"
+
+
+_reports: dict[str, GraphReport] = {}
+
+
+def record(report: GraphReport) -> None:
+    """Keep `report`. Dynamo may hand one frame to a backend more than once: the last report of a compile id wins."""
+    _reports.pop(report.compile_id, None)
+    _reports[report.compile_id] = report
+
+
+def reports() -> list[GraphReport]:
+    """The report of every graph compiled in this process, in order of compilation."""
+    return list(_reports.values())
+
+
+def reset() -> None:
+    """Forget all reports."""
+    _reports.clear()

@@ -1,0 +1,145 @@
+"""Put the fusions' ops into a graph: the one place that changes one.
+
+All work is done on copies of the graphs, which replace the originals only when every one of them is finished and
+checked: a fault on the way leaves the user's graph as it was.
+
+Dead code is never eliminated here. The static cache's `index_copy_` and `cumulative_length.add_` are call_method
+nodes without users, which fx takes for pure: `eliminate_dead_code` would delete the KV cache.
+"""
+
+import copy
+import logging
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from fusepass import validity
+from fusepass.fusion import Fusion, Match, Refused, fusions
+from fusepass.graph import module_path, mutated, reads_only_shape, source_line, value
+from fusepass.options import Options
+from fusepass.report import GraphReport, Site
+
+log = logging.getLogger(__name__)
+
+
+def fuse(gm: GraphModule, options: Options, compile_id: str = "") -> GraphReport:
+    """Rewrite `gm` and the graph modules inside it (activation checkpointing wraps layers in them) in place."""
+    report = GraphReport(compile_id)
+    modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    copies = [_copy(module.graph) for module in modules]
+    for graph in copies:
+        report.sites.extend(_fuse_graph(graph, options))
+    for module, graph in zip(modules, copies):
+        module.graph = graph
+        module.recompile()
+    return report
+
+
+def _copy(graph: Graph) -> Graph:
+    """A copy with the private attributes that AOTAutograd reads from Dynamo's placeholders (it finds the static inputs
+    of CUDA graphs through `_dynamo_source`)."""
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        if hasattr(old_node, "_dynamo_source"):
+            new_node._dynamo_source = old_node._dynamo_source
+    return new
+
+
+def _fuse_graph(graph: Graph, options: Options) -> list[Site]:
+    around = validity.Surroundings.of(graph)
+    writes = _writes(graph)
+    sites = []
+    for fusion in fusions():
+        if not options.enabled(fusion):
+            continue
+        erased: set[Node] = set()
+        for node in list(graph.nodes):
+            if node in erased or (match := fusion.match(node)) is None:
+                continue
+            try:
+                erased |= _apply(graph, fusion, match, around, options.precision == "high")
+                sites.append(Site(fusion.name, module_path(match.anchor), source_line(match.anchor)))
+            except Refused as refusal:
+                sites.append(
+                    Site(
+                        fusion.name,
+                        module_path(match.anchor),
+                        source_line(refusal.node or match.anchor),
+                        refusal.code,
+                        refusal.reason,
+                    )
+                )
+            log.debug("%s", sites[-1])
+    graph.lint()
+    if _writes(graph) != writes:
+        raise AssertionError("rewriting changed the nodes that write in place, or their order")
+    return sites
+
+
+def _writes(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes if mutated(node)]
+
+
+def _apply(graph: Graph, fusion: Fusion, match: Match, around: validity.Surroundings, high: bool) -> set[Node]:
+    """Check `match` and replace it by its op. Returns the nodes it erased; raises `Refused` with nothing changed."""
+    overload, arguments = fusion.rewrite(match, high)
+    nodes = [arg for arg in arguments if isinstance(arg, Node)]
+    validity.check(match, around, nodes)
+    fusion.check(match)
+    results = _fake_results(overload, arguments)
+    validity.check_layout(match, results)
+
+    point = validity.insertion_point(match, nodes)
+    while point.next.op == "placeholder":
+        point = point.next
+    with graph.inserting_after(point):
+        call = _new_node(graph, overload, arguments, match.outputs[0], results)
+    if len(match.outputs) == 1:
+        replacements = [call]
+    else:
+        replacements, point = [], call
+        for i, output in enumerate(match.outputs):
+            with graph.inserting_after(point):
+                point = _new_node(graph, operator.getitem, (call, i), output, results[i])
+            replacements.append(point)
+    for output, replacement in zip(match.outputs, replacements):
+        output.replace_all_uses_with(replacement)
+    return _erase(graph, match)
+
+
+def _fake_results(overload: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def fake(arg: Any) -> Any:
+        arg = value(arg) if isinstance(arg, Node) else arg
+        # A symbolic eps says nothing about shapes, and reading it would guard on it.
+        return 1.0 if isinstance(arg, torch.SymFloat) else arg
+
+    values = [fake(arg) for arg in arguments]
+    # The mode of the graph's own values: Dynamo has made a fresh one for the backend's use already.
+    mode = next(item.fake_mode for item in values if isinstance(item, FakeTensor))
+    with mode, torch.no_grad():
+        results = overload(*values)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _new_node(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, results: Any) -> Node:
+    """A call node with the metadata of the node it replaces."""
+    node = graph.call_function(target, args)
+    node.meta = {key: item for key, item in like.meta.items() if key in ("nn_module_stack", "source_fn_stack", "stack_trace")}
+    node.meta["example_value"] = results[0] if isinstance(results, tuple) and len(results) == 1 else results
+    return node
+
+
+def _erase(graph: Graph, match: Match) -> set[Node]:
+    """Erase the region, and let what read only the shape of its values read the activation's."""
+    erased = set()
+    for node in sorted(match.interior, reverse=True):
+        for user in list(node.users):
+            if reads_only_shape(user):
+                user.replace_input_with(node, match.activation)
+        graph.erase_node(node)
+        erased.add(node)
+    return erased

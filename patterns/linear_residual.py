@@ -1,0 +1,60 @@
+"""A linear layer and the residual add after it: `hidden_states = residual + self.o_proj(attn_output)`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fusepass import ops
+from fusepass.fusion import Fusion, Match
+from fusepass.graph import operands, value
+from fusepass.linear import Linear, check_linear, find_linear
+
+
+def find_residual(out: Node) -> Node | None:
+    """The tensor of the same shape that `out`'s one user adds to it; None if there is no such add."""
+    for add in out.users:
+        for a, b in operands(add, "add"):
+            same = isinstance(value(b), Tensor) and value(b).shape == value(out).shape and b is not out
+            if a is out and same and len(out.users) == 1:
+                return b
+    return None
+
+
+class LinearResidualFusion(Fusion):
+    name = "linear_residual"
+    summary = "a linear layer and the residual add after it (attention's o_proj)"
+    order = 40
+
+    @dataclass(frozen=True)
+    class Match(Match):
+        linear: Linear
+        residual: Node
+
+    def match(self, node: Node) -> Match | None:
+        # Of two linears added together, the later one takes the add.
+        candidates = [linear for a, _ in operands(node, "add") if (linear := find_linear(a))]
+        for linear in sorted(candidates, key=lambda found: found.out, reverse=True):
+            if (residual := find_residual(linear.out)) is not None:
+                return self.Match(
+                    anchor=linear.out,
+                    activation=linear.x,
+                    parameters=linear.parameters,
+                    others=(residual,),
+                    interior=(linear.out, node),
+                    outputs=(node,),
+                    linear=linear,
+                    residual=residual,
+                )
+        return None
+
+    def check(self, match: Match) -> None:
+        assert isinstance(match, self.Match)
+        check_linear(match.linear)
+
+    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        assert isinstance(match, self.Match)
+        linear = match.linear
+        return ops.linear_residual.linear_residual.overload, (linear.x, linear.weight, linear.bias, match.residual, high)

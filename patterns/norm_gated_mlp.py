@@ -1,0 +1,109 @@
+"""RMSNorm, gate and up, activation times, down, and the residual add.
+
+The source it accepts (transformers, `Qwen3MLP.forward` inside `Qwen3DecoderLayer.forward`):
+
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)                            # optional
+    hidden_states = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))        # SiLU or tanh-GELU
+    hidden_states = residual + hidden_states                                                # optional
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusepass import ops
+from fusepass.fusion import Fusion, Match
+from fusepass.graph import argument, is_op, operands, reads_only_shape
+from fusepass.linear import Linear, check_linear, find_linear
+from fusepass.patterns.linear_residual import find_residual
+from fusepass.patterns.rms_norm import RMSNorm, check_rms_norm, find_rms_norm
+
+
+def activation_of(node: Any) -> tuple[Any, str] | None:
+    """(x, name of the activation) if `node` is an activation that the op knows."""
+    if is_op(node, "silu"):
+        return argument(node, 0, "input"), "silu"
+    if is_op(node, "gelu") and argument(node, 1, "approximate") == "tanh":
+        return argument(node, 0, "input"), "gelu_tanh"
+    return None
+
+
+def find_input_norm(x: Node, linears: tuple[Linear, ...]) -> RMSNorm | None:
+    """The RMSNorm that ends at `x`, if nobody but `linears` reads its result: else it must stay a tensor of its own,
+    and the region begins behind it."""
+    readers = {linear.out for linear in linears}
+    if any(user not in readers and not reads_only_shape(user) for user in x.users):
+        return None
+    return find_rms_norm(x)
+
+
+class NormGatedMLPFusion(Fusion):
+    name = "norm_gated_mlp"
+    summary = "RMSNorm, gate and up, SiLU (or tanh-GELU) times, down, residual"
+    order = 10
+
+    @dataclass(frozen=True)
+    class Match(Match):
+        norm: RMSNorm | None
+        gate: Linear
+        up: Linear
+        down: Linear
+        activation_name: str
+        residual: Node | None
+
+    def match(self, node: Node) -> Match | None:
+        down = find_linear(node)
+        if down is None:
+            return None
+        for activated, other in operands(down.x, "mul"):
+            found = activation_of(activated)
+            gate, up = find_linear(found[0]) if found else None, find_linear(other)
+            if found is None or gate is None or up is None or gate.x is not up.x:
+                continue
+            norm = find_input_norm(gate.x, (gate, up))
+            residual = find_residual(node)
+            out = node if residual is None else next(iter(node.users))
+            interior = (*(norm.nodes if norm else ()), gate.out, activated, up.out, down.x)
+            return self.Match(
+                anchor=down.x,
+                activation=norm.x if norm else gate.x,
+                parameters=((norm.weight,) if norm else ()) + gate.parameters + up.parameters + down.parameters,
+                others=() if residual is None else (residual,),
+                interior=tuple(dict.fromkeys((*interior, node, out))),
+                outputs=(out,),
+                norm=norm,
+                gate=gate,
+                up=up,
+                down=down,
+                activation_name=found[1],
+                residual=residual,
+            )
+        return None
+
+    def check(self, match: Match) -> None:
+        assert isinstance(match, self.Match)
+        if match.norm:
+            check_rms_norm(match.norm)
+        for linear in (match.gate, match.up, match.down):
+            check_linear(linear)
+
+    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        assert isinstance(match, self.Match)
+        norm, gate, up, down = match.norm, match.gate, match.up, match.down
+        return ops.norm_gated_mlp.norm_gated_mlp.overload, (
+            match.activation,
+            norm and norm.weight,
+            norm.eps if norm else 0.0,
+            gate.weight,
+            up.weight,
+            down.weight,
+            gate.bias,
+            up.bias,
+            down.bias,
+            match.residual,
+            match.activation_name,
+            high,
+        )

@@ -1,0 +1,93 @@
+"""A lone RMSNorm: the final norm, or one whose neighbours did not match.
+
+The source it accepts (transformers, `Qwen3RMSNorm.forward` and the 130 models that share it):
+
+    hidden_states = hidden_states.to(torch.float32)                       # may be missing in an f32 model
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fusepass import ops
+from fusepass.fusion import Fusion, Match, Refused
+from fusepass.graph import is_cast, mean_of_last, operands, rsqrt_of, square_of, value
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """The nodes of one RMSNorm; `nodes` are all but `x`, `weight` and `eps`."""
+
+    x: Node
+    weight: Node
+    eps: Any
+    wide: Node
+    """x in the dtype of the statistics."""
+    scaled: Node
+    """What the weight multiplies."""
+    out: Node
+    nodes: tuple[Node, ...]
+
+
+def find_rms_norm(out: Any) -> RMSNorm | None:
+    """The RMSNorm that ends at `out`, whatever its dtypes."""
+    for scaled, weight in operands(out, "mul"):
+        normalised = scaled.args[0] if is_cast(scaled) else scaled
+        for wide, rstd in operands(normalised, "mul"):
+            for mean, eps in operands(rsqrt_of(rstd), "add"):
+                square = mean_of_last(mean)
+                if square_of(square) is not wide or not isinstance(weight, Node) or isinstance(value(eps), Tensor):
+                    continue
+                x = wide.args[0] if is_cast(wide) else wide
+                total = rsqrt_of(rstd)
+                nodes = dict.fromkeys((wide, square, mean, total, rstd, normalised, scaled, out))
+                nodes.pop(x, None)
+                return RMSNorm(x, weight, eps, wide, scaled, out, tuple(nodes))
+    return None
+
+
+def check_rms_norm(norm: RMSNorm) -> None:
+    """Raise `Refused` unless the op computes `norm` with the graph's own roundings."""
+    x, weight = value(norm.x), value(norm.weight)
+    if weight.shape != x.shape[-1:]:
+        raise Refused("shape", f"norm weight '{norm.weight.name}' is {tuple(weight.shape)} for a row of {x.shape[-1]}")
+    if value(norm.wide).dtype != torch.float32:
+        raise Refused("dtype", f"the norm's statistics are {value(norm.wide).dtype}; expected float32", norm.wide)
+    if value(norm.scaled).dtype != x.dtype:
+        raise Refused("dtype", f"the weight multiplies {value(norm.scaled).dtype}, not the input's {x.dtype}", norm.scaled)
+
+
+class RMSNormFusion(Fusion):
+    name = "rms_norm"
+    summary = "a lone RMSNorm in one kernel"
+    order = 60
+
+    @dataclass(frozen=True)
+    class Match(Match):
+        norm: RMSNorm
+
+    def match(self, node: Node) -> Match | None:
+        norm = find_rms_norm(node)
+        return norm and self.Match(
+            anchor=node,
+            activation=norm.x,
+            parameters=(norm.weight,),
+            others=(),
+            interior=norm.nodes,
+            outputs=(node,),
+            norm=norm,
+        )
+
+    def check(self, match: Match) -> None:
+        assert isinstance(match, self.Match)
+        check_rms_norm(match.norm)
+
+    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        assert isinstance(match, self.Match)
+        return ops.rms_norm.rms_norm.overload, (match.norm.x, match.norm.weight, match.norm.eps, high)

@@ -1,0 +1,193 @@
+"""Compile what the ops launch, for a GPU that need not be present; print what each kernel takes as JSON.
+
+    python -m tests.kernels.compile_kernels sm_90 [--full]
+
+Nothing here knows a kernel's arguments. The ops' own launchers run, on meta tensors, under a Triton driver that only
+names the target, and `JITFunction.run` stops short of the launch. So each kernel is compiled with the launch config
+and the specialisation it would run with (a meta tensor's address is 0, and thus a multiple of 16). Triton's interpreter
+compiles nothing: TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import pkgutil
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+import fusepass.kernels
+from fusepass.ops import OPS, force_strategy
+from fusepass.ops.library import ROWS_LIMIT, SKINNY_LIMIT, Strategy
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of one decoder layer."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    activation: str = "silu"
+
+
+MODELS = {
+    "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072),
+    "Qwen3-4B": Model(2560, 32, 8, 128, 9728),
+    "Qwen3-8B": Model(4096, 32, 8, 128, 12288),
+    "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, qk_norm=False, qkv_bias=True),
+    "Phi-3-mini": Model(3072, 32, 32, 96, 8192, qk_norm=False),
+    "Gemma-3-1B": Model(1152, 4, 1, 256, 6912, activation="gelu_tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of one model: `batch` sequences of `seq` tokens, run by one strategy."""
+
+    model: str
+    dtype: torch.dtype
+    strategy: Strategy
+    batch: int
+    seq: int
+    high: bool = False
+
+
+def quick_cases() -> Iterator[Case]:
+    """What spans the kernels in least time: the extreme row counts of each strategy, large and awkward sizes."""
+    steps: list[tuple[Strategy, int, int]] = [
+        ("rows", 1, 1), ("rows", ROWS_LIMIT, 1), ("skinny", 16, 1), ("skinny", SKINNY_LIMIT, 1), ("library", 1, 128),
+    ]  # fmt: skip
+    kinds = [
+        ("Qwen3-0.6B", torch.bfloat16, False),
+        ("Qwen3-0.6B", torch.float32, False),
+        ("Qwen3-8B", torch.bfloat16, False),
+        ("Qwen2.5-0.5B", torch.float16, False),
+        ("Phi-3-mini", torch.float16, False),
+        ("Gemma-3-1B", torch.bfloat16, True),
+    ]
+    for (model, dtype, high), step in itertools.product(kinds, steps):
+        yield Case(model, dtype, *step, high)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every model, dtype and precision; decode of a batch and a prompt of the same number of rows."""
+    rows: list[tuple[Strategy, int]] = [("rows", m) for m in range(1, ROWS_LIMIT + 1)]
+    rows += [("skinny", m) for m in (ROWS_LIMIT + 1, 16, 17, 32, 33, SKINNY_LIMIT)] + [("library", 128)]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for model, dtype, high, (strategy, m) in itertools.product(MODELS, dtypes, (False, True), rows):
+        for batch, seq in {(m, 1), (1, m)}:
+            yield Case(model, dtype, strategy, batch, seq, high)
+
+
+def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
+    """The arguments that each op gets in a layer of the model. A new op needs its line here."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=case.dtype, device="meta")
+
+    model, eps, high = MODELS[case.model], 1e-6, case.high
+    hidden, inner, head_dim = model.hidden, model.intermediate, model.head_dim
+    q_size, kv_size = model.heads * head_dim, model.kv_heads * head_dim
+    x, norm = empty(case.batch, case.seq, hidden), empty(hidden)
+    biases = [empty(size) if model.qkv_bias else None for size in (q_size, kv_size, kv_size)]
+    head_norm = (empty(head_dim) if model.qk_norm else None, eps)
+    table = empty(case.batch, 1, case.seq, head_dim)
+    return {
+        "rms_norm": (x, norm, eps, high),
+        "norm_qkv_rope": (
+            x, norm, eps, empty(q_size, hidden), empty(kv_size, hidden), empty(kv_size, hidden), *biases,
+            *head_norm, *head_norm, table, table, head_dim, high,
+        ),
+        "linear_residual": (empty(case.batch, case.seq, q_size), empty(hidden, q_size), None, x, high),
+        "norm_gated_mlp": (
+            x, norm, eps, empty(inner, hidden), empty(inner, hidden), empty(hidden, inner), None, None, None,
+            x, model.activation, high,
+        ),
+    }  # fmt: skip
+
+
+@contextmanager
+def compile_only(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
+    """While inside, a kernel launch compiles for `target` and launches nothing; the kernels are added to the list."""
+    kernels: list[CompiledKernel] = []
+    run = JITFunction.run
+
+    def compile_for_launch(self: JITFunction, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        kernels.append(run(self, *args, warmup=True, **kwargs))
+
+    triton.runtime.driver.set_active(
+        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0)
+    )
+    with mock.patch.object(JITFunction, "run", compile_for_launch):
+        yield kernels
+
+
+def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
+    """The kernels that the ops launch in this case."""
+    with compile_only(target) as kernels, force_strategy(case.strategy):
+        for name, arguments in op_arguments(case).items():
+            OPS[name].overload(*arguments)  # the op's own check of its arguments
+            importlib.import_module(f"fusepass.ops.{name}")._launch(*arguments)
+    return kernels
+
+
+def describe(kernel: CompiledKernel) -> str:
+    """`kernel(CONSTEXPR=value, ..., num_warps=4)`."""
+    source = kernel.src
+    values = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+    shown = {param.name: values[param.name] for param in source.fn.params if param.is_constexpr}
+    shown |= {"num_warps": kernel.metadata.num_warps, "num_stages": kernel.metadata.num_stages}
+    return f"{kernel.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """Per-thread registers and bytes of local memory (which is where registers spill to), and shared memory."""
+    if "cubin" in kernel.asm:
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
+        text = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
+        registers, local = r"REG:(\d+)", r"STACK:(\d+)"
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, local = r"\.vgpr_count: *(\d+)", r"\.private_segment_fixed_size: *(\d+)"
+    found = {"registers": registers, "local_bytes": local}
+    return {name: int(re.search(pattern, text)[1]) for name, pattern in found.items()} | {
+        "shared_bytes": kernel.metadata.shared
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="sm_90, sm_100, gfx942, ...")
+    parser.add_argument("--full", action="store_true", help="all models, dtypes and row counts; takes minutes")
+    options = parser.parse_args()
+    name = options.target
+    target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+
+    report = {}
+    for case in all_cases() if options.full else quick_cases():
+        for kernel in compile_case(case, target):
+            if kernel.hash not in report:
+                report[kernel.hash] = {"kernel": describe(kernel), "case": str(case), **resources(kernel)}
+    print(json.dumps(list(report.values()), indent=1))
+
+
+if __name__ == "__main__":
+    main()
