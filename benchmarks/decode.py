@@ -50,8 +50,8 @@ def step_bytes(model: Any, batch: int, context: int) -> int:
     return weights + kv * model.dtype.itemsize
 
 
-def kernels_per_step(step: Callable[[], Any]) -> int:
-    """Number of kernels and memory operations one step runs on the GPU."""
+def profile_step(step: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The kernels and memory operations that one step runs on the GPU: name, count and microseconds of each."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -59,7 +59,9 @@ def kernels_per_step(step: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    events = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    rows = [{"kernel": e.key, "count": e.count, "us": round(e.self_device_time_total, 1)} for e in events]
+    return sorted(rows, key=lambda row: -row["us"])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows[name] = {"first_calls_s": round(time.perf_counter() - begin, 2)}
             rows[name]["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
             print(f"{name}: ready after {rows[name]['first_calls_s']} s", flush=True)
+        profiles: dict[str, list[dict[str, Any]]] = {}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.rounds):
             for name, step in steps.items():
@@ -113,7 +116,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 times[name].append(events[0].elapsed_time(events[1]) / count)
         for name, step in steps.items():
             rewind()
-            rows[name]["kernels"] = kernels_per_step(step)
+            profiles[name] = profile_step(step)
+            rows[name]["kernels"] = sum(row["count"] for row in profiles[name])
     bandwidth = stream_bandwidth()
     ideal = step_bytes(model, args.batch, args.context) / bandwidth * 1e3
     for name, row in rows.items():
@@ -130,6 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ideal_ms": round(ideal, 4),
         "bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "rows": rows,
+        "profiles": {name: rows[:40] for name, rows in profiles.items()},
         **environment(args.commit),
     }
 
@@ -171,10 +176,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--profile", nargs="*", default=[], choices=list(VARIANTS), help="print these variants' kernels")
     parser.add_argument("--out", type=Path, help="folder to write <model>-b<batch>.json to")
     parser.add_argument("--commit", default="", help="recorded where the repository is not a git checkout")
     args = parser.parse_args()
     result = measure(args)
+    for name in args.profile:
+        print(f"\nkernels of a step, {name}")
+        for row in result["profiles"].get(name, []):
+            print(f"{row['us']:9.1f} us {row['count']:4d} x {row['us'] / row['count']:7.2f}  {row['kernel'][:90]}")
     print(table(result))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

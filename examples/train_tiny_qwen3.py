@@ -9,6 +9,7 @@ tales of twelve animals that a small grammar tells, and saves both as a folder f
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ class Teller:
 
     def story(self) -> str:
         me, friend, day = self.me, self.friend, self.pick(range(7))
-        start = self.pick((f"The {me.kind} sat {me.home}", f"Once upon a time {a(me.kind)} lived {me.home}"))
+        start = self.pick((f"Once upon a time {a(me.kind)} lived {me.home}", f"The {me.kind} sat {me.home}"))
         weather = self.pick(("The sun was warm", "A soft rain fell", "The wind was still", "Snow lay all around"))
         found, gave = self.pick(range(4, 10)), self.pick(range(1, 4))
         thanks = self.pick(("a blue feather", "a silver bell", "a round stone", "a paper boat", "a red button"))
@@ -110,8 +111,8 @@ class Teller:
         day, text = self.pick(range(7)), f"{self.me.name} the {self.me.kind} went to see the neighbours."
         for i in range(1, 5):
             host = VALLEY[(self.who + i) % 12]
-            text += f" On {DAYS[(day + i) % 7]} the {self.me.kind} met {host.name} the {host.kind} {host.home}"
-            text += f" and they ate {count(i, host.food)}."
+            meeting = f"the {self.me.kind} met {host.name} the {host.kind} {host.home}"
+            text += f" On {DAYS[(day + i) % 7]} {meeting} and they ate {count(i, host.food)}."
         return f"{text} Then it was time to go home."
 
     def tally(self) -> str:
@@ -120,9 +121,10 @@ class Teller:
         for when in ("In the morning", "At noon", "In the evening", "At night"):
             gain = self.pick((2, -1, 3, -2, 1))
             gain = gain if 1 <= have + gain <= 12 else -gain
+            deed, sign = ("finds", "and") if gain > 0 else ("eats", "less")
+            sides = f"{NUMBERS[have]} {sign} {NUMBERS[abs(gain)]} makes {NUMBERS[have + gain]}"
+            text += f" {when} {me.name} {deed} {count(abs(gain), me.food)}, and {sides}."
             have += gain
-            deed = f"finds {NUMBERS[gain]} more" if gain > 0 else f"eats {NUMBERS[-gain]}"
-            text += f" {when} {me.name} {deed}, which makes {count(have, me.food)}."
         return f"{text} {me.name} is {self.pick(('glad', 'sleepy', 'content'))}."
 
 
@@ -152,8 +154,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05, cycle_momentum=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    rates = [min(1, (i + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) for i in range(steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates.__getitem__)
     source, begun = texts(seed=0), time.time()
     for step in range(1, steps + 1):
         ids = torch.tensor([tokenizer(next(source)).input_ids[:512] for _ in range(8)])
@@ -174,23 +177,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    tokenizer = build_tokenizer()
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}  # head_dim is not 128 / 4
     sizes = {"vocab_size": 264, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4} | heads
     model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=512, tie_word_embeddings=True, **sizes, **IDS))
-    train(model, tokenizer, args.steps)
+    train(model, tokenizer := build_tokenizer(), args.steps)
 
     model.to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(do_sample=False, **IDS)
     model.save_pretrained(args.out)
     tokenizer.backend_tokenizer.save(str(args.out / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD, "padding_side": "left"}
-    limits = {"model_max_length": 512, "model_input_names": ["input_ids", "attention_mask"]}
-    (args.out / "tokenizer_config.json").write_text(json.dumps(names | limits, indent=2) + "\n")
+    names |= {"model_max_length": 512, "model_input_names": ["input_ids", "attention_mask"]}
+    (args.out / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
     for prompt in PROMPTS:
         out = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=360)
         top = model(input_ids=out).logits[0, len(prompt) - 1 : -1].float().softmax(-1).amax(-1).mean().item()
-        print(f"\n{tokenizer.decode(out[0], skip_special_tokens=True)}\n[mean probability of the greedy tokens: {top:.3f}]")
+        print(f"\n{tokenizer.decode(out[0])}\n[mean probability of the greedy tokens: {top:.3f}]")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,19 @@ class CacheIdentity(CustomGraphPass):
         return list(self.inner) if isinstance(self.inner, list | tuple) else [self.inner]
 
 
+@functools.cache
+def register_lowerings() -> None:
+    """Tell Inductor ahead that our ops are called as they are. Where it finds that out by itself, torch 2.11 formats
+    the op's whole history into a log message that nobody reads: exponential time in the number of layers."""
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+
+    from fusepass.ops import OPS
+
+    for op in OPS.values():
+        if op.overload not in lowerings:
+            make_fallback(op.overload, tag_to_layout_constraint(torch.Tag.needs_exact_strides))
+
+
 def compile_with_inductor(
     gm: GraphModule, example_inputs: list[Any], mode: str | None, options: Mapping[str, Any], fused: bool
 ) -> Callable[..., Any]:
@@ -53,6 +66,7 @@ def compile_with_inductor(
     if fused:
         from torch._inductor import config
 
+        register_lowerings()
         patches[_SLOT] = CacheIdentity(patches.get(_SLOT, getattr(config, _SLOT)))
     wrapper = torch._TorchCompileInductorWrapper(mode, patches, None)
     return wrapper(gm, example_inputs)

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-import fusepass.kernels
+from fusepass import kernels
 from fusepass.ops import OPS, force_strategy
 from fusepass.ops.library import ROWS_LIMIT, SKINNY_LIMIT, Strategy
 
@@ -71,14 +71,14 @@ class Case:
 
 
 def quick_cases() -> Iterator[Case]:
-    """What spans the kernels in least time: the extreme row counts of each strategy, large and awkward sizes."""
+    """The extremes: fewest and most rows of each strategy, small, large and awkward sizes, each dtype and precision."""
     steps: list[tuple[Strategy, int, int]] = [
         ("rows", 1, 1), ("rows", ROWS_LIMIT, 1), ("skinny", 16, 1), ("skinny", SKINNY_LIMIT, 1), ("library", 1, 128),
     ]  # fmt: skip
     kinds = [
         ("Qwen3-0.6B", torch.bfloat16, False),
-        ("Qwen3-0.6B", torch.float32, False),
         ("Qwen3-8B", torch.bfloat16, False),
+        ("Qwen3-8B", torch.float32, False),
         ("Qwen2.5-0.5B", torch.float16, False),
         ("Phi-3-mini", torch.float16, False),
         ("Gemma-3-1B", torch.bfloat16, True),
@@ -88,9 +88,9 @@ def quick_cases() -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every model, dtype and precision; decode of a batch and a prompt of the same number of rows."""
+    """Every model, dtype and precision; as many rows from a decoded batch as from one prompt."""
     rows: list[tuple[Strategy, int]] = [("rows", m) for m in range(1, ROWS_LIMIT + 1)]
-    rows += [("skinny", m) for m in (ROWS_LIMIT + 1, 16, 17, 32, 33, SKINNY_LIMIT)] + [("library", 128)]
+    rows += [("skinny", m) for m in (ROWS_LIMIT + 1, 16, 32, 33, SKINNY_LIMIT)] + [("library", 128)]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for model, dtype, high, (strategy, m) in itertools.product(MODELS, dtypes, (False, True), rows):
         for batch, seq in {(m, 1), (1, m)}:
@@ -126,27 +126,34 @@ def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
 
 @contextmanager
 def compile_only(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
-    """While inside, a kernel launch compiles for `target` and launches nothing; the kernels are added to the list."""
-    kernels: list[CompiledKernel] = []
+    """While inside, a kernel launch compiles for `target` and launches nothing; the list collects the kernels."""
+    launched: list[CompiledKernel] = []
     run = JITFunction.run
 
     def compile_for_launch(self: JITFunction, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        kernels.append(run(self, *args, warmup=True, **kwargs))
+        launched.append(run(self, *args, warmup=True, **kwargs))
 
     triton.runtime.driver.set_active(
         SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0)
     )
     with mock.patch.object(JITFunction, "run", compile_for_launch):
-        yield kernels
+        yield launched
 
 
 def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
     """The kernels that the ops launch in this case."""
-    with compile_only(target) as kernels, force_strategy(case.strategy):
+    with compile_only(target) as launched, force_strategy(case.strategy):
         for name, arguments in op_arguments(case).items():
-            OPS[name].overload(*arguments)  # the op's own check of its arguments
+            OPS[name].overload(*arguments)  # on meta tensors, this only checks the arguments
             importlib.import_module(f"fusepass.ops.{name}")._launch(*arguments)
-    return kernels
+    return launched
+
+
+def kernel_names() -> set[str]:
+    """Every kernel of the package; by convention a jitted function that is launched is called `..._kernel`."""
+    modules = [importlib.import_module(f"fusepass.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    jitted = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    return {function.__name__ for function in jitted if function.__name__.endswith("_kernel")}
 
 
 def describe(kernel: CompiledKernel) -> str:
@@ -159,34 +166,46 @@ def describe(kernel: CompiledKernel) -> str:
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Per-thread registers and bytes of local memory (which is where registers spill to), and shared memory."""
+    """Registers and bytes of local memory (where registers spill to) of a thread, bytes of shared memory of a block,
+    and bits of the narrowest weight load: kernels read weights, and nothing else, with `evict_first`."""
     if "cubin" in kernel.asm:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
-        text = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
+        usage = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
         registers, local = r"REG:(\d+)", r"STACK:(\d+)"
     else:
-        text = kernel.asm["amdgcn"]
+        usage = kernel.asm["amdgcn"]
         registers, local = r"\.vgpr_count: *(\d+)", r"\.private_segment_fixed_size: *(\d+)"
-    found = {"registers": registers, "local_bytes": local}
-    return {name: int(re.search(pattern, text)[1]) for name, pattern in found.items()} | {
-        "shared_bytes": kernel.metadata.shared
+    taken = {
+        "registers": int(re.findall(registers, usage)[0]),
+        "local_bytes": int(re.findall(local, usage)[0]),
+        "shared_bytes": kernel.metadata.shared,
     }
+    loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", kernel.asm.get("ptx", ""))
+    if loads:
+        taken["weight_load_bits"] = min(int(lanes or 1) * int(bits) for lanes, bits in loads)
+    return taken
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="sm_90, sm_100, gfx942, ...")
-    parser.add_argument("--full", action="store_true", help="all models, dtypes and row counts; takes minutes")
+    parser.add_argument("--full", action="store_true", help="every model, dtype and row count: minutes")
     options = parser.parse_args()
-    name = options.target
-    target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    arch = options.target
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
-    report = {}
+    compiled: dict[str, dict[str, Any]] = {}
     for case in all_cases() if options.full else quick_cases():
-        for kernel in compile_case(case, target):
-            if kernel.hash not in report:
-                report[kernel.hash] = {"kernel": describe(kernel), "case": str(case), **resources(kernel)}
-    print(json.dumps(list(report.values()), indent=1))
+        try:
+            launched = compile_case(case, target)
+        except Exception as error:
+            raise RuntimeError(f"{case} does not compile for {arch}") from error
+        for kernel in launched:
+            if kernel.hash not in compiled:
+                compiled[kernel.hash] = {"kernel": describe(kernel), "case": str(case), **resources(kernel)}
+    if missing := kernel_names() - {row["kernel"].split("(")[0] for row in compiled.values()}:
+        raise RuntimeError(f"no case launches {', '.join(sorted(missing))}")
+    print(json.dumps(list(compiled.values()), indent=1))
 
 
 if __name__ == "__main__":
