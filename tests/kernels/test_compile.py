@@ -1,10 +1,11 @@
 """What the kernels become on GPUs that no test machine has: `compile_kernels.py` compiles, this reads the result."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import pytest
 
 KIB = 1024
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
-"""Most shared memory that a block may have, by target. https://docs.nvidia.com/cuda/cuda-c-programming-guide/
-(technical specifications per compute capability); on AMD the local data share of a compute unit."""
+"""Most shared memory that a block may have, by target. NVIDIA: the technical specifications by compute capability in
+https://docs.nvidia.com/cuda/cuda-c-programming-guide/; AMD: the local data share of a compute unit."""
 NOISE_BYTES = 16
 """Local memory that is no spill: as Triton calls it (--regAllocOptLevel=2), ptxas puts up to four values of a thread
 there while registers are left (seen at 56 of 255). A kernel that needs more registers than there are takes more."""
 
+Kernels = dict[str, "Future[list[dict[str, Any]]]"]
 
-@functools.cache
-def compiled(target: str) -> list[dict[str, Any]]:
-    """Every kernel, compiled in a process of its own: this one may have Triton's interpreter on."""
+
+def compile_for(target: str) -> list[dict[str, Any]]:
+    """What every kernel takes. In a process of its own: this one may have Triton's interpreter on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compile_kernels", target]
     root = Path(__file__).parents[2]
@@ -30,18 +32,25 @@ def compiled(target: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
-def test_no_kernel_spills_registers(target: str) -> None:
-    assert [row for row in compiled(target) if row["local_bytes"] > NOISE_BYTES] == []
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Kernels]:
+    """By target; the targets compile side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {target: pool.submit(compile_for, target) for target in SHARED_LIMIT}
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
-def test_every_kernel_fits_in_shared_memory(target: str) -> None:
-    assert [row for row in compiled(target) if row["shared_bytes"] > SHARED_LIMIT[target]] == []
+def test_no_kernel_spills_registers(kernels: Kernels, target: str) -> None:
+    assert [kernel for kernel in kernels[target].result() if kernel["local_bytes"] > NOISE_BYTES] == []
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_every_kernel_fits_in_shared_memory(kernels: Kernels, target: str) -> None:
+    assert [kernel for kernel in kernels[target].result() if kernel["shared_bytes"] > SHARED_LIMIT[target]] == []
 
 
 @pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
-def test_weights_are_read_16_bytes_at_a_time(target: str) -> None:
-    widths = [row["weight_load_bits"] for row in compiled(target) if "weight_load_bits" in row]
-    assert widths
-    assert min(widths) >= 128
+def test_weights_are_read_16_bytes_at_a_time(kernels: Kernels, target: str) -> None:
+    reading = [kernel for kernel in kernels[target].result() if "weight_load_bits" in kernel]
+    assert reading
+    assert [kernel for kernel in reading if kernel["weight_load_bits"] < 128] == []
