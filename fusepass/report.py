@@ -1,5 +1,6 @@
 """What happened to each graph: sites, and one report a compiled graph."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -81,3 +82,24 @@ def reports() -> list[GraphReport]:
 def reset() -> None:
     """Forget all reports."""
     _reports.clear()
+
+
+def collapse(sites: list[Site]) -> list[tuple[str, Site, int]]:
+    """Sites that differ only in the numbers of their path, as (path with ranges, one of them, how many):
+    `model.layers.{0-27}.self_attn`. In order of first appearance."""
+    groups: dict[tuple[str, str, str | None], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((re.sub(r"\d+", "#", site.path), site.fusion, site.code), []).append(site)
+    rows = []
+    for same in groups.values():
+        columns = list(zip(*(re.findall(r"\d+", site.path) for site in same)))
+        ranges = iter([_range(sorted({int(number) for number in column})) for column in columns])
+        rows.append((re.sub(r"\d+", lambda _: next(ranges), same[0].path), same[0], len(same)))  # noqa: B023
+    return rows
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    dense = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}-{numbers[-1]}}}" if dense else f"{{{','.join(map(str, numbers))}}}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusepass.kernels.common import gated as gated_value
 from fusepass.kernels.common import inverse_rms, normalise, stored
-from fusepass.kernels.launch import block_k, interpreted
+from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def _config(m: int, n: int, k: int, matrices: int) -> dict[str, int]:
     """Block sizes and warps. One row: 2-4 features a program with as much of K as registers hold were 10-20 % faster
     on an H200 than larger tiles; more rows need accumulators for each, so their tiles are smaller."""
     if interpreted():
-        return {"BLOCK_N": 64, "BLOCK_K": block_k(k, 1024), "num_warps": 1}
+        return {"BLOCK_N": interpreter_block_n(n), "BLOCK_K": block_k(k, 1024), "num_warps": 1}
     if m == 1:
         tile_n = 4 if matrices == 1 and n >= 4096 else 2
         return {"BLOCK_N": tile_n, "BLOCK_K": block_k(k, 2048 if k < 4096 else 4096), "num_warps": 4}

@@ -11,3 +11,8 @@ def interpreted() -> bool:
 def block_k(k: int, most: int) -> int:
     """Power-of-two tile along K: the whole of K if it fits in `most`, else `most`."""
     return min(triton.next_power_of_2(k), most)
+
+
+def interpreter_block_n(n: int) -> int:
+    """A tile along N that makes a launch about four programs in the interpreter."""
+    return min(256, max(16, triton.next_power_of_2(n) // 4))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusepass.kernels.common import gated as gated_value
 from fusepass.kernels.common import stored
-from fusepass.kernels.launch import interpreted
+from fusepass.kernels.launch import interpreted, interpreter_block_n
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _config(m: int, n: int, element_size: int) -> dict[str, int]:
     """Block sizes, warps and stages. Small N tiles: Qwen3-0.6B's o_proj has 1024 features for 132 multiprocessors."""
     block_m = max(16, triton.next_power_of_2(m))
     if interpreted():
-        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
+        return {"BLOCK_M": block_m, "BLOCK_N": interpreter_block_n(n), "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
     block_n = 16 if n < 4096 else 64
     block_k = (256 if block_n == 16 else 128) * 2 // element_size
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}

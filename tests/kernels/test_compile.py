@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ NOISE_BYTES = 16
 """Local memory that is no spill: as Triton calls it (--regAllocOptLevel=2), ptxas puts up to four values of a thread
 there while registers are left (seen at 56 of 255). A kernel that needs more registers than there are takes more."""
 
-Kernels = dict[str, "Future[list[dict[str, Any]]]"]
+Kernel = dict[str, Any]
 
 
-def compile_for(target: str) -> list[dict[str, Any]]:
+def compile_for(target: str) -> list[Kernel]:
     """What every kernel takes. In a process of its own: this one may have Triton's interpreter on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compile_kernels", target]
@@ -33,24 +33,35 @@ def compile_for(target: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    """By target; the targets compile side by side."""
+def compiled() -> Iterator[dict[str, Future[list[Kernel]]]]:
+    """The kernels by target; the targets compile side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {target: pool.submit(compile_for, target) for target in SHARED_LIMIT}
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
-def test_no_kernel_spills_registers(kernels: Kernels, target: str) -> None:
-    assert [kernel for kernel in kernels[target].result() if kernel["local_bytes"] > NOISE_BYTES] == []
+@pytest.fixture
+def kernels(compiled: dict[str, Future[list[Kernel]]], target: str) -> list[Kernel]:
+    return compiled[target].result()
+
+
+def assert_each(kernels: list[Kernel], holds: Callable[[Kernel], bool]) -> None:
+    """Fail with the kernels for which it does not hold, one a line."""
+    others = [str(kernel) for kernel in kernels if not holds(kernel)]
+    assert not others, "\n".join(others)
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
-def test_every_kernel_fits_in_shared_memory(kernels: Kernels, target: str) -> None:
-    assert [kernel for kernel in kernels[target].result() if kernel["shared_bytes"] > SHARED_LIMIT[target]] == []
+def test_no_kernel_spills_registers(kernels: list[Kernel]) -> None:
+    assert_each(kernels, lambda kernel: kernel["local_bytes"] <= NOISE_BYTES)
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_every_kernel_fits_in_shared_memory(kernels: list[Kernel], target: str) -> None:
+    assert_each(kernels, lambda kernel: kernel["shared_bytes"] <= SHARED_LIMIT[target])
 
 
 @pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
-def test_weights_are_read_16_bytes_at_a_time(kernels: Kernels, target: str) -> None:
-    reading = [kernel for kernel in kernels[target].result() if "weight_load_bits" in kernel]
+def test_weights_are_read_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
+    reading = [kernel for kernel in kernels if "weight_load_bits" in kernel]
     assert reading
-    assert [kernel for kernel in reading if kernel["weight_load_bits"] < 128] == []
+    assert_each(reading, lambda kernel: kernel["weight_load_bits"] >= 128)

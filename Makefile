@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Without a GPU the kernels run in Triton's interpreter, which is chosen before Python starts.
+CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 FUSEPASS_CPU=interpret')")
+
+.PHONY: demo test test-gpu test-matrix lint typecheck bench checkpoint clean
+
+demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
+	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.installed  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-matrix:  ## site counts and logits on the oldest and the newest transformers, each in its own environment
+	for version in 4.57.6 5.23.0; do \
+	  $(PYTHON) -m venv $(VENV)-$$version && \
+	  $(VENV)-$$version/bin/pip install -q -c constraints-matrix.txt -e .[test] transformers==$$version && \
+	  $(VENV)-$$version/bin/python -m pytest tests/test_qwen3_sites.py || exit 1; \
+	done
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## decode speed beside eager and Inductor (needs a GPU)
+	$(BIN)/python benchmarks/decode.py $(ARGS)
+
+checkpoint: $(VENV)/.installed  ## train the demo's checkpoint again
+	$(BIN)/python examples/train_tiny_qwen3.py
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

@@ -1,0 +1,51 @@
+"""Options and environment: what is accepted, and what a mistake is answered with."""
+
+import pytest
+
+from fusepass.options import Options, cpu_mode
+
+
+def test_an_unknown_option_names_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown option 'precison'.*did you mean 'precision'.*known options: fusions"):
+        Options.parse({"precison": "high"}, None)
+
+
+def test_an_unknown_fusion_names_the_registered_ones() -> None:
+    with pytest.raises(ValueError, match="unknown fusion 'norm_qkv'.*did you mean.*registered fusions: norm_gated_mlp"):
+        Options.parse({"fusions": {"norm_qkv": False}}, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"precision": "low"}, ValueError),
+        ({"remainder": "onnx"}, ValueError),
+        ({"strict": 1}, TypeError),
+        ({"fusions": ["rms_norm"]}, TypeError),
+        ({"fusions": {"rms_norm": "off"}}, TypeError),
+        ({"inductor": None}, TypeError),
+    ],
+)
+def test_a_wrong_value_names_the_option_and_what_was_expected(options: dict, error: type[Exception]) -> None:
+    with pytest.raises(error, match="expected"):
+        Options.parse(options, None)
+
+
+def test_mode_may_come_as_an_option_but_not_twice() -> None:
+    assert Options.parse({"mode": "max-autotune"}, None).mode == "max-autotune"
+    assert Options.parse(None, "reduce-overhead").mode == "reduce-overhead"
+    with pytest.raises(ValueError, match="mode is given twice"):
+        Options.parse({"mode": "max-autotune"}, "reduce-overhead")
+
+
+def test_an_unknown_cpu_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPASS_CPU", "fast")
+    with pytest.raises(ValueError, match="FUSEPASS_CPU is 'fast'; expected one of off, reference, interpret"):
+        cpu_mode()
+
+
+def test_interpret_without_tritons_interpreter_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPASS_CPU", "interpret")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1 in the environment before Python starts"):
+        cpu_mode()
