@@ -176,7 +176,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--profile", nargs="*", default=[], choices=list(VARIANTS), help="print these variants' kernels")
+    parser.add_argument(
+        "--profile", nargs="*", default=[], choices=list(VARIANTS), help="print these variants' kernels"
+    )
     parser.add_argument("--out", type=Path, help="folder to write <model>-b<batch>.json to")
     parser.add_argument("--commit", default="", help="recorded where the repository is not a git checkout")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fusepass import inductor
-from fusepass.graph import is_op, mutated, rsqrt_of
+from fusepass.graph import mutated, rsqrt_of
 from fusepass.options import Options, cpu_mode, disabled
 from fusepass.report import GraphReport, record
 
@@ -31,8 +31,8 @@ def fusepass(
     """The backend that `torch.compile(model, backend="fusepass")` calls for each graph Dynamo captured.
 
     `mode` means for Inductor what it means in torch.compile; `options` are the fields of `Options`. Raises ValueError
-    or TypeError for options that do not exist, and `NothingFused` if `strict` asks for it. A fault of our own is logged and
-    leaves the graph as it was.
+    or TypeError for options that do not exist, and `NothingFused` if `strict` asks for it. A fault of our own is
+    logged and leaves the graph as it was.
     """
     parsed = Options.parse(options, mode)
     if disabled():
@@ -95,11 +95,12 @@ def _warn_about_caches(gm: GraphModule) -> None:
     """Inductor drops CUDA graphs in silence when a graph writes an input that is not marked static."""
     for node in gm.graph.nodes:
         for written in mutated(node):
-            info = written.meta.get("tensor_dict", {}) if written.op == "placeholder" else None
-            if info is not None and not info.get("_dynamo_static_input_type") and not is_op(node, "getitem"):
+            marks = written.meta.get("tensor_dict", {})
+            if written.op == "placeholder" and not marks.get("_dynamo_static_input_type"):
                 _warn_once(
-                    f"the graph writes '{written.name}', which is not marked static, so Inductor will not use CUDA graphs; "
-                    "initialise the cache before compiling (StaticCache.early_initialization), or let generate() compile"
+                    f"the graph writes '{written.name}', which is not marked static, so Inductor will not use CUDA "
+                    "graphs: initialise the cache before compiling (StaticCache.early_initialization), or let "
+                    "generate() compile"
                 )
                 return
 

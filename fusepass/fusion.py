@@ -12,7 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch.fx import Node
@@ -50,7 +50,10 @@ class Match:
         return (self.activation, *self.parameters, *self.others)
 
 
-class Fusion(ABC):
+MatchT = TypeVar("MatchT", bound=Match)
+
+
+class Fusion(ABC, Generic[MatchT]):
     """One rule. Subclasses set the class variables and the three verbs, and hold no state."""
 
     name: ClassVar[str]
@@ -63,24 +66,25 @@ class Fusion(ABC):
     """Whether it is on unless the options say otherwise."""
 
     @abstractmethod
-    def match(self, node: Node) -> Match | None:
+    def match(self, node: Node) -> MatchT | None:
         """The region that ends at `node`, if there is one."""
 
     @abstractmethod
-    def check(self, match: Match) -> None:
+    def check(self, match: MatchT) -> None:
         """Raise `Refused` if the op would not compute what the region does. What holds for every fusion (users,
         mutation, autocast, grad, plain tensors, one device and dtype) is checked by `fusepass.validity` already."""
 
     @abstractmethod
-    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    def rewrite(self, match: MatchT, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The op and its arguments (nodes and constants); its results replace `match.outputs`."""
 
 
 @functools.cache
-def fusions() -> tuple[Fusion, ...]:
-    """All registered fusions in the order they run: those in `fusepass.patterns` and of other packages' entry points."""
+def fusions() -> tuple[Fusion[Any], ...]:
+    """The registered fusions in the order they run: `fusepass.patterns` and other packages' entry points."""
     patterns = importlib.import_module("fusepass.patterns")
-    modules = [importlib.import_module(f"{patterns.__name__}.{m.name}") for m in pkgutil.iter_modules(patterns.__path__)]
+    names = [module.name for module in pkgutil.iter_modules(patterns.__path__)]
+    modules = [importlib.import_module(f"{patterns.__name__}.{name}") for name in names]
     classes = {
         cls
         for module in modules

@@ -182,7 +182,7 @@ def mutated(node: Node) -> list[Node]:
                 written.append(argument(node, i, arg.name))
     elif isinstance(target, torch._ops.HigherOrderOperator):
         written.extend(node.all_input_nodes)
-    elif target in (operator.setitem, operator.delitem) or (name.startswith("i") and target in _IN_PLACE_OPERATORS):
+    elif target is operator.setitem or target in _IN_PLACE_OPERATORS:
         written.append(node.args[0])
     elif name.endswith("_") and not name.endswith("__"):
         written.append(argument(node, 0, "input"))
@@ -195,10 +195,9 @@ def mutated(node: Node) -> list[Node]:
 
 
 _IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, f"i{name}")
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-    if hasattr(operator, f"i{name}")
-) | {operator.iand, operator.ior}
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow}
+    | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift}
+)
 
 
 def storages(node: Node) -> set[Any]:

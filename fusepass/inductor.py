@@ -76,8 +76,8 @@ def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
     """Whether Inductor will try CUDA graphs in this mode."""
     from torch._inductor import config, list_mode_options
 
-    default = list_mode_options(mode).get("triton.cudagraphs", config.triton.cudagraphs) if mode else config.triton.cudagraphs
-    return bool(options.get("triton.cudagraphs", default))
+    of_mode = list_mode_options(mode) if mode else {}
+    return bool({"triton.cudagraphs": config.triton.cudagraphs, **of_mode, **options}["triton.cudagraphs"])
 
 
 def reset() -> None:

@@ -36,10 +36,11 @@ def find_linear(out: Any) -> Linear | None:
 
 def check_linear(linear: Linear) -> None:
     """Raise `Refused` unless weight and bias have the shapes of a plain linear layer."""
-    weight = value(linear.weight)
-    if weight.dim() != 2 or weight.shape[1] != value(linear.x).shape[-1]:
+    weight, features = value(linear.weight), value(linear.x).shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != features:
         raise Refused(
-            "weight-layout", f"'{linear.weight.name}' is {tuple(weight.shape)}; expected [any, {value(linear.x).shape[-1]}]"
+            "weight-layout",
+            f"'{linear.weight.name}' is {tuple(weight.shape)}; expected [any, {features}]",
         )
     if linear.bias is not None and value(linear.bias).shape != weight.shape[:1]:
         raise Refused(

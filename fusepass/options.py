@@ -36,7 +36,9 @@ class Options:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                raise ValueError(f"fusepass: unknown option '{name}'{_near(name, known)}; known options: {', '.join(known)}")
+                raise ValueError(
+                    f"fusepass: unknown option '{name}'{_near(name, known)}; known options: {', '.join(known)}"
+                )
         if mode is not None and given.get("mode") not in (None, mode):
             raise ValueError(f"fusepass: mode is given twice, as {mode!r} and as options['mode']={given['mode']!r}")
         given["mode"] = mode or given.get("mode")
@@ -59,11 +61,13 @@ class Options:
         for name, switch in self.fusions.items():
             if name not in registered:
                 near = _near(name, registered)
-                raise ValueError(f"fusepass: unknown fusion '{name}'{near}; registered fusions: {', '.join(registered)}")
+                raise ValueError(
+                    f"fusepass: unknown fusion '{name}'{near}; registered fusions: {', '.join(registered)}"
+                )
             if not isinstance(switch, bool):
                 raise TypeError(f"fusepass: the switch of fusion '{name}' is {switch!r}; expected True or False")
 
-    def enabled(self, fusion: Fusion) -> bool:
+    def enabled(self, fusion: Fusion[Any]) -> bool:
         """Whether `fusion` is to be tried."""
         return self.fusions.get(fusion.name, fusion.default)
 

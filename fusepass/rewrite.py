@@ -84,7 +84,7 @@ def _writes(graph: Graph) -> list[str]:
     return [node.name for node in graph.nodes if mutated(node)]
 
 
-def _apply(graph: Graph, fusion: Fusion, match: Match, around: validity.Surroundings, high: bool) -> set[Node]:
+def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Surroundings, high: bool) -> set[Node]:
     """Check `match` and replace it by its op. Returns the nodes it erased; raises `Refused` with nothing changed."""
     overload, arguments = fusion.rewrite(match, high)
     nodes = [arg for arg in arguments if isinstance(arg, Node)]
@@ -128,7 +128,9 @@ def _fake_results(overload: torch._ops.OpOverload, arguments: tuple[Any, ...]) -
 def _new_node(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, results: Any) -> Node:
     """A call node with the metadata of the node it replaces."""
     node = graph.call_function(target, args)
-    node.meta = {key: item for key, item in like.meta.items() if key in ("nn_module_stack", "source_fn_stack", "stack_trace")}
+    node.meta = {
+        key: item for key, item in like.meta.items() if key in ("nn_module_stack", "source_fn_stack", "stack_trace")
+    }
     node.meta["example_value"] = results[0] if isinstance(results, tuple) and len(results) == 1 else results
     return node
 

@@ -113,7 +113,9 @@ def check_layout(match: Match, results: tuple[Tensor, ...]) -> None:
     for node, result in zip(match.outputs, results, strict=True):
         want = value(node)
         if result.shape != want.shape or result.dtype != want.dtype:
-            raise Refused("shape", f"'{node.name}' is {want.dtype} {tuple(want.shape)}, the op gives {result.shape}", node)
+            raise Refused(
+                "shape", f"'{node.name}' is {want.dtype} {tuple(want.shape)}, the op gives {result.shape}", node
+            )
         # The stride of a dimension of size 1 has no meaning.
         if any(a != b for a, b, n in zip(result.stride(), want.stride(), want.shape) if n != 1):
             raise Refused("strides", f"'{node.name}' has strides {want.stride()}, the op gives {result.stride()}", node)

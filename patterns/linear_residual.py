@@ -23,22 +23,23 @@ def find_residual(out: Node) -> Node | None:
     return None
 
 
-class LinearResidualFusion(Fusion):
+@dataclass(frozen=True)
+class LinearResidualMatch(Match):
+    linear: Linear
+    residual: Node
+
+
+class LinearResidualFusion(Fusion[LinearResidualMatch]):
     name = "linear_residual"
     summary = "a linear layer and the residual add after it (attention's o_proj)"
     order = 40
 
-    @dataclass(frozen=True)
-    class Match(Match):
-        linear: Linear
-        residual: Node
-
-    def match(self, node: Node) -> Match | None:
+    def match(self, node: Node) -> LinearResidualMatch | None:
         # Of two linears added together, the later one takes the add.
         candidates = [linear for a, _ in operands(node, "add") if (linear := find_linear(a))]
         for linear in sorted(candidates, key=lambda found: found.out, reverse=True):
             if (residual := find_residual(linear.out)) is not None:
-                return self.Match(
+                return LinearResidualMatch(
                     anchor=linear.out,
                     activation=linear.x,
                     parameters=linear.parameters,
@@ -50,11 +51,15 @@ class LinearResidualFusion(Fusion):
                 )
         return None
 
-    def check(self, match: Match) -> None:
-        assert isinstance(match, self.Match)
+    def check(self, match: LinearResidualMatch) -> None:
         check_linear(match.linear)
 
-    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
-        assert isinstance(match, self.Match)
+    def rewrite(self, match: LinearResidualMatch, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         linear = match.linear
-        return ops.linear_residual.linear_residual.overload, (linear.x, linear.weight, linear.bias, match.residual, high)
+        return ops.linear_residual.linear_residual.overload, (
+            linear.x,
+            linear.weight,
+            linear.bias,
+            match.residual,
+            high,
+        )

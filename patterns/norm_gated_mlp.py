@@ -40,21 +40,22 @@ def find_input_norm(x: Node, linears: tuple[Linear, ...]) -> RMSNorm | None:
     return find_rms_norm(x)
 
 
-class NormGatedMLPFusion(Fusion):
+@dataclass(frozen=True)
+class NormGatedMLPMatch(Match):
+    norm: RMSNorm | None
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation_name: str
+    residual: Node | None
+
+
+class NormGatedMLPFusion(Fusion[NormGatedMLPMatch]):
     name = "norm_gated_mlp"
     summary = "RMSNorm, gate and up, SiLU (or tanh-GELU) times, down, residual"
     order = 10
 
-    @dataclass(frozen=True)
-    class Match(Match):
-        norm: RMSNorm | None
-        gate: Linear
-        up: Linear
-        down: Linear
-        activation_name: str
-        residual: Node | None
-
-    def match(self, node: Node) -> Match | None:
+    def match(self, node: Node) -> NormGatedMLPMatch | None:
         down = find_linear(node)
         if down is None:
             return None
@@ -67,7 +68,7 @@ class NormGatedMLPFusion(Fusion):
             residual = find_residual(node)
             out = node if residual is None else next(iter(node.users))
             interior = (*(norm.nodes if norm else ()), gate.out, activated, up.out, down.x)
-            return self.Match(
+            return NormGatedMLPMatch(
                 anchor=down.x,
                 activation=norm.x if norm else gate.x,
                 parameters=((norm.weight,) if norm else ()) + gate.parameters + up.parameters + down.parameters,
@@ -83,15 +84,13 @@ class NormGatedMLPFusion(Fusion):
             )
         return None
 
-    def check(self, match: Match) -> None:
-        assert isinstance(match, self.Match)
+    def check(self, match: NormGatedMLPMatch) -> None:
         if match.norm:
             check_rms_norm(match.norm)
         for linear in (match.gate, match.up, match.down):
             check_linear(linear)
 
-    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
-        assert isinstance(match, self.Match)
+    def rewrite(self, match: NormGatedMLPMatch, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         norm, gate, up, down = match.norm, match.gate, match.up, match.down
         return ops.norm_gated_mlp.norm_gated_mlp.overload, (
             match.activation,

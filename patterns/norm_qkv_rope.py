@@ -72,7 +72,7 @@ class Heads:
 
 
 def find_heads(node: Node) -> Heads | None:
-    """`linear -> view [B, S, H, D] -> transpose(1, 2)` that ends at `node`, with a norm before or after the transpose."""
+    """`linear -> view [B, S, H, D] -> transpose(1, 2)` that ends at `node`, a norm before or after the transpose."""
     norm = find_rms_norm(node)
     transposed = norm.x if norm else node
     if not is_transpose(transposed, 1, 2):
@@ -124,27 +124,28 @@ def _plain(linear: Linear) -> Heads | None:
     return None
 
 
-class NormQKVRopeFusion(Fusion):
+@dataclass(frozen=True)
+class NormQKVRopeMatch(Match):
+    norm: RMSNorm | None
+    q: Heads
+    k: Heads
+    v: Heads
+    q_rope: Rope
+    k_rope: Rope
+
+
+class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
     name = "norm_qkv_rope"
     summary = "RMSNorm, q/k/v linears, q and k norm, RoPE"
     order = 20
 
-    @dataclass(frozen=True)
-    class Match(Match):
-        norm: RMSNorm | None
-        q: Heads
-        k: Heads
-        v: Heads
-        q_rope: Rope
-        k_rope: Rope
-
-    def match(self, node: Node) -> Match | None:
+    def match(self, node: Node) -> NormQKVRopeMatch | None:
         first = find_linear(node)
         if first is None or (here := _rotated(first)) is None:
             return None
         siblings = [linear for user in first.x.users if user is not node and (linear := find_linear(user))]
         rotated = [branch for linear in siblings if (branch := _rotated(linear)) is not None]
-        plain = [heads for linear in siblings if (heads := _plain(linear)) is not None]
+        plain = [found for linear in siblings if (found := _plain(linear)) is not None]
         if len(rotated) != 1 or len(plain) != 1:
             return None
         # q has at least as many heads as k. With equal numbers the two names could be exchanged: the op does the same
@@ -152,13 +153,12 @@ class NormQKVRopeFusion(Fusion):
         (k, k_rope), (q, q_rope) = sorted((here, rotated[0]), key=lambda branch: value(branch[0].view).shape[2])
         v = plain[0]
         norm = find_input_norm(first.x, (q.linear, k.linear, v.linear))
-        heads = (q, k, v)
         norms = [n for n in (norm, q.norm, k.norm) if n]
         interior = (*(norm.nodes if norm else ()), *q.nodes, *k.nodes, *v.nodes, *q_rope.nodes, *k_rope.nodes)
-        return self.Match(
+        return NormQKVRopeMatch(
             anchor=q.view,
             activation=norm.x if norm else first.x,
-            parameters=tuple(n.weight for n in norms) + tuple(p for h in heads for p in h.linear.parameters),
+            parameters=tuple(n.weight for n in norms) + tuple(p for h in (q, k, v) for p in h.linear.parameters),
             others=tuple(dict.fromkeys((q_rope.cos, q_rope.sin, k_rope.cos, k_rope.sin))),
             interior=tuple(dict.fromkeys(interior)),
             outputs=(q_rope.out, k_rope.out, v.nodes[-1]),
@@ -170,8 +170,7 @@ class NormQKVRopeFusion(Fusion):
             k_rope=k_rope,
         )
 
-    def check(self, match: Match) -> None:
-        assert isinstance(match, self.Match)
+    def check(self, match: NormQKVRopeMatch) -> None:
         for norm in (match.norm, match.q.norm, match.k.norm):
             if norm:
                 check_rms_norm(norm)
@@ -189,10 +188,11 @@ class NormQKVRopeFusion(Fusion):
             shape = value(node).shape
             fits = len(shape) == 4 and shape[1] == 1 and shape[3] == q[3]
             if not (fits and (shape[0] == 1 or shape[0] == batch) and (shape[2] == 1 or shape[2] == seq)):
-                raise Refused("shape", f"'{node.name}' is {tuple(shape)}; expected [1 or {batch}, 1, {seq}, {q[3]}]", node)
+                raise Refused(
+                    "shape", f"'{node.name}' is {tuple(shape)}; expected [1 or {batch}, 1, {seq}, {q[3]}]", node
+                )
 
-    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
-        assert isinstance(match, self.Match)
+    def rewrite(self, match: NormQKVRopeMatch, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         q, k, v, norm = match.q, match.k, match.v, match.norm
         return ops.norm_qkv_rope.norm_qkv_rope.overload, (
             match.activation,

@@ -41,14 +41,15 @@ def find_rms_norm(out: Any) -> RMSNorm | None:
         normalised = scaled.args[0] if is_cast(scaled) else scaled
         for wide, rstd in operands(normalised, "mul"):
             for mean, eps in operands(rsqrt_of(rstd), "add"):
-                square = mean_of_last(mean)
-                if square_of(square) is not wide or not isinstance(weight, Node) or isinstance(value(eps), Tensor):
+                square, total = mean_of_last(mean), rsqrt_of(rstd)
+                if square is None or square_of(square) is not wide or isinstance(value(eps), Tensor):
                     continue
-                x = wide.args[0] if is_cast(wide) else wide
-                total = rsqrt_of(rstd)
+                assert isinstance(wide, Node)
+                x: Any = wide.args[0] if is_cast(wide) else wide
                 nodes = dict.fromkeys((wide, square, mean, total, rstd, normalised, scaled, out))
                 nodes.pop(x, None)
-                return RMSNorm(x, weight, eps, wide, scaled, out, tuple(nodes))
+                if isinstance(weight, Node) and not isinstance(eps, Tensor):
+                    return RMSNorm(x, weight, eps, wide, scaled, out, tuple(nodes))
     return None
 
 
@@ -60,21 +61,26 @@ def check_rms_norm(norm: RMSNorm) -> None:
     if value(norm.wide).dtype != torch.float32:
         raise Refused("dtype", f"the norm's statistics are {value(norm.wide).dtype}; expected float32", norm.wide)
     if value(norm.scaled).dtype != x.dtype:
-        raise Refused("dtype", f"the weight multiplies {value(norm.scaled).dtype}, not the input's {x.dtype}", norm.scaled)
+        raise Refused(
+            "dtype", f"the weight multiplies {value(norm.scaled).dtype}, not the input's {x.dtype}", norm.scaled
+        )
 
 
-class RMSNormFusion(Fusion):
+@dataclass(frozen=True)
+class RMSNormMatch(Match):
+    norm: RMSNorm
+
+
+class RMSNormFusion(Fusion[RMSNormMatch]):
     name = "rms_norm"
     summary = "a lone RMSNorm in one kernel"
     order = 60
 
-    @dataclass(frozen=True)
-    class Match(Match):
-        norm: RMSNorm
-
-    def match(self, node: Node) -> Match | None:
+    def match(self, node: Node) -> RMSNormMatch | None:
         norm = find_rms_norm(node)
-        return norm and self.Match(
+        if norm is None:
+            return None
+        return RMSNormMatch(
             anchor=node,
             activation=norm.x,
             parameters=(norm.weight,),
@@ -84,10 +90,8 @@ class RMSNormFusion(Fusion):
             norm=norm,
         )
 
-    def check(self, match: Match) -> None:
-        assert isinstance(match, self.Match)
+    def check(self, match: RMSNormMatch) -> None:
         check_rms_norm(match.norm)
 
-    def rewrite(self, match: Match, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
-        assert isinstance(match, self.Match)
+    def rewrite(self, match: RMSNormMatch, high: bool) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         return ops.rms_norm.rms_norm.overload, (match.norm.x, match.norm.weight, match.norm.eps, high)

@@ -53,7 +53,9 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
     return graphs
 
 
-def fused(function: Callable[..., Any], *args: Any, options: Options | None = None, **kwargs: Any) -> tuple[Any, list[GraphReport], list[GraphModule]]:
+def fused(
+    function: Callable[..., Any], *args: Any, options: Options | None = None, **kwargs: Any
+) -> tuple[Any, list[GraphReport], list[GraphModule]]:
     """What `function(*args)` returns when its graphs are rewritten and run eagerly, the reports, and the graphs."""
     graphs: list[GraphModule] = []
     reports: list[GraphReport] = []

@@ -55,7 +55,9 @@ def test_generate_compiles_its_decode_step_and_gives_eagers_tokens() -> None:
 @torch.no_grad()
 def test_model_compile_fuses_prefill_and_decode() -> None:
     model, tokens = small_qwen3(LAYERS), ids()
-    plain = model.generate(tokens, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True)
+    plain = model.generate(
+        tokens, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True
+    )
     model.compile(backend="fusepass", options={"remainder": "eager"})
     out = model.generate(tokens, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True)
     assert torch.equal(out, plain)
@@ -88,7 +90,9 @@ def test_a_cpu_graph_goes_to_inductor_untouched_by_default(
 def test_disable_is_exactly_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     monkeypatch.setenv("FUSEPASS_DISABLE", "1")
-    monkeypatch.setattr(backend_module.inductor, "compile_with_inductor", lambda gm, *_, fused: seen.append(fused) or gm.forward)
+    monkeypatch.setattr(
+        backend_module.inductor, "compile_with_inductor", lambda gm, *_, fused: seen.append(fused) or gm.forward
+    )
     compiled(small_qwen3(1))(ids(), use_cache=False)
     assert seen == [False]
     assert fusepass.reports() == []
@@ -163,7 +167,9 @@ def test_a_cache_that_is_not_marked_static_is_warned_about_under_cuda_graphs(
     model = small_qwen3(1)
 
     def decode(cache: Any) -> None:
-        torch.compile(model, backend="fusepass", mode="reduce-overhead")(ids(1, 1), past_key_values=cache, use_cache=True)
+        torch.compile(model, backend="fusepass", mode="reduce-overhead")(
+            ids(1, 1), past_key_values=cache, use_cache=True
+        )
 
     decode(static_cache(model, 1, 16))
     assert "not marked static" not in caplog.text

@@ -44,7 +44,8 @@ def hits(package: Path, cache: Path) -> tuple[int, int]:
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
         "PYTHONPATH": str(package),
     }
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=env)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=package, env=env)
     assert done.returncode == 0, done.stderr
     fx, aot = done.stdout.split()[-2:]
     return int(fx), int(aot)

@@ -32,12 +32,24 @@ def test_the_backend_and_its_ops_load_without_triton() -> None:
 
 
 def test_the_backend_is_found_by_name_without_an_import() -> None:
-    assert [e.value for e in entry_points(group="torch_dynamo_backends", name="fusepass")] == ["fusepass.backend:fusepass"]
+    assert [e.value for e in entry_points(group="torch_dynamo_backends", name="fusepass")] == [
+        "fusepass.backend:fusepass"
+    ]
     assert python("import torch; print('fusepass' in torch._dynamo.list_backends())") == "True"
 
 
 def test_a_wheel_holds_the_patterns_as_a_subpackage(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run([*command, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -90,7 +90,9 @@ def gated_skinny_kernel(
         up += tl.load(up_bias_ptr + n, n < N, other=0.0).to(tl.float32)[:, None]
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     mask = (n < N)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), mask)
+    tl.store(
+        y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), mask
+    )
 
 
 def _config(m: int, n: int, element_size: int) -> dict[str, int]:

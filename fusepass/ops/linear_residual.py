@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusepass.ops.library import define, expect, expect_activation, expect_parameter
-from fusepass.ops.project import as_rows, project
+from fusepass.ops.project import as_rows, linear_f32, project
 
 OP = "linear_residual"
 
@@ -16,8 +16,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, 
     the add, unless `high`.
     """
     if high:
-        y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return (residual.float() + y).to(x.dtype)
+        return (residual.float() + linear_f32(x, weight, bias)).to(x.dtype)
     return residual + F.linear(x, weight, bias)
 
 

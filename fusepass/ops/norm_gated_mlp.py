@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fusepass.ops import rms_norm
 from fusepass.ops.library import define, expect, expect_activation, expect_parameter
-from fusepass.ops.project import as_rows, gate_up, project
+from fusepass.ops.project import as_rows, gate_up, linear_f32, project
 
 OP = "norm_gated_mlp"
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -34,10 +34,8 @@ def reference(
     h = x if norm_weight is None else rms_norm.reference(x, norm_weight, eps, high)
     act = F.silu if activation == "silu" else lambda v: F.gelu(v, approximate="tanh")
     if high:
-        f32 = [None if t is None else t.float() for t in (h, gate, gate_bias, up, up_bias, down, down_bias)]
-        h32, gate32, gate_bias32, up32, up_bias32, down32, down_bias32 = f32
-        h = (act(F.linear(h32, gate32, gate_bias32)) * F.linear(h32, up32, up_bias32)).to(x.dtype)
-        y = F.linear(h.float(), down32, down_bias32)
+        h = (act(linear_f32(h, gate, gate_bias)) * linear_f32(h, up, up_bias)).to(x.dtype)
+        y = linear_f32(h, down, down_bias)
         return (y if residual is None else residual.float() + y).to(x.dtype)
     y = F.linear(act(F.linear(h, gate, gate_bias)) * F.linear(h, up, up_bias), down, down_bias)
     return y if residual is None else residual + y
@@ -73,7 +71,9 @@ def _check(
         raise ValueError(f"fusepass::{OP}: activation '{activation}' is unknown; expected one of {ACTIVATIONS}")
 
 
-def _fake(x: Tensor, norm_weight: Tensor | None, eps: float, gate: Tensor, up: Tensor, down: Tensor, *_: object) -> Tensor:
+def _fake(
+    x: Tensor, norm_weight: Tensor | None, eps: float, gate: Tensor, up: Tensor, down: Tensor, *_: object
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], down.shape[0])
 
 

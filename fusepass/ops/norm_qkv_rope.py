@@ -1,5 +1,7 @@
 """`fusepass::norm_qkv_rope`: RMSNorm, the q/k/v linears, the norm of each q and k head, and RoPE."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,9 +102,11 @@ def _check(
         expect(same, OP, name, table, f"{x.dtype} broadcastable to [{x.shape[0]}, 1, {x.shape[1]}, {head_dim}]")
 
 
-def _fake(x: Tensor, norm_weight: Tensor | None, norm_eps: float, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple:
-    head_dim = rest[9]
-    return tuple(_heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))  # type: ignore[arg-type]
+def _fake(
+    x: Tensor, norm_weight: Tensor | None, norm_eps: float, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    head_dim = rest[-2]
+    return tuple(_heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))
 
 
 def _launch(

@@ -15,6 +15,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with nothing rounded below f32: the references' "high" precision."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Kernels take a bias for every weight or for none; a missing one among present ones becomes zeros."""
     if all(bias is None for bias in biases):
