@@ -177,14 +177,18 @@ def gated_rows_kernel(
         _store_gated_row(gate3, up3, y_ptr, gate_bias_ptr, up_bias_ptr, 3, n, N, ACTIVATION, HIGH)
 
 
-def _config(m: int, n: int, k: int, matrices: int) -> dict[str, int]:
+def _config(m: int, n: int, k: int, matrices: int, element_size: int) -> dict[str, int]:
     """Block sizes and warps. One row: 2-4 features a program with as much of K as registers hold were 10-20 % faster
     on an H200 than larger tiles; more rows need accumulators for each, so their tiles are smaller."""
     if interpreted():
         return {"BLOCK_N": interpreter_block_n(n), "BLOCK_K": block_k(k, 1024), "num_warps": 1}
     if m == 1:
         tile_n = 4 if matrices == 1 and n >= 4096 else 2
-        return {"BLOCK_N": tile_n, "BLOCK_K": block_k(k, 2048 if k < 4096 else 4096), "num_warps": 4}
+        return {
+            "BLOCK_N": tile_n,
+            "BLOCK_K": block_k(k, (2048 if k < 4096 else 4096) * 2 // element_size),
+            "num_warps": 4,
+        }
     return {"BLOCK_N": 2, "BLOCK_K": block_k(k, 1024), "num_warps": 4}
 
 
@@ -202,7 +206,7 @@ def linears(
     m, k = x.shape
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
-    config = _config(m, sum(sizes), k, 1)
+    config = _config(m, sum(sizes), k, 1, x.element_size())
     grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
     linear_rows_kernel[grid](
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
@@ -225,7 +229,7 @@ def gated(
     """Launch `gated_rows_kernel`. x: [M, K] of 1 to 4 rows; gate, up: [N, K]; out: [M, N]; biases both or none."""
     m, k = x.shape
     n = gate.shape[0]
-    config = _config(m, n, k, 2)
+    config = _config(m, n, k, 2, x.element_size())
     gated_rows_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
         M=m, K=k, ACTIVATION=activation, HIGH=high, **config,

@@ -1,6 +1,14 @@
 """What every launcher needs to know about the machine."""
 
+import functools
+
 import triton
+
+
+@functools.cache
+def is_hip() -> bool:
+    """Whether the GPU is AMD's: 64 KB of shared memory where NVIDIA has 99 to 227."""
+    return bool(triton.runtime.driver.active.get_current_target().backend == "hip")
 
 
 def interpreted() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusepass.kernels.common import gated as gated_value
 from fusepass.kernels.common import stored
-from fusepass.kernels.launch import interpreted, interpreter_block_n
+from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip
 
 
 @triton.jit
@@ -100,9 +100,11 @@ def _config(m: int, n: int, element_size: int) -> dict[str, int]:
     block_m = max(16, triton.next_power_of_2(m))
     if interpreted():
         return {"BLOCK_M": block_m, "BLOCK_N": interpreter_block_n(n), "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
-    block_n = 16 if n < 4096 else 64
-    block_k = (256 if block_n == 16 else 128) * 2 // element_size
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+    wide = element_size == 4  # f32 tiles are twice as large and spill at 64 x 64 x 64
+    block_n = 16 if n < 4096 or (wide and block_m == 64) else 64
+    block_k = 64 if wide else 256 if block_n == 16 else 128
+    stages = 2 if is_hip() else 3
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
 
 
 def linears(

@@ -135,9 +135,11 @@ def _launch(
     if x.numel():
         # "high" keeps the projections in f32 up to the rotation, where the kernels can (a library GEMM cannot).
         rows = as_rows(x)
-        raw = [torch.empty_like(t, dtype=torch.float32) if high else t for t in (query, key)]
-        outs = [as_rows(raw[0]), as_rows(raw[1]), as_rows(value)]
+        raw = [torch.empty_like(t, dtype=torch.float32) if high else t for t in (query, key, value)]
+        outs = [as_rows(t) for t in raw]
         project(rows, norm_weight, norm_eps, [q, k, v], [q_bias, k_bias, v_bias], outs, None, high)
+        if high:
+            value.copy_(raw[2])
         qk_norm_rope(
             raw[0], raw[1], query, key, q_norm_weight, k_norm_weight, q_norm_eps, k_norm_eps, cos, sin, head_dim, high
         )

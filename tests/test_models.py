@@ -1,0 +1,103 @@
+"""Whole models: logits under the numeric gate, and tokens of a trained checkpoint over 64 greedy steps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import fusepass
+from tests.gate import assert_gate, reference
+from tests.models import small_qwen3, static_cache
+
+CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-qwen3"
+STEPS = 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["match", "high"])
+def test_logits_of_a_whole_model_pass_the_gate(precision: str) -> None:
+    model = small_qwen3(2, torch.float16)
+    tokens = torch.randint(model.config.vocab_size, (32, 3))  # 32 draws
+    options = {"remainder": "eager", "precision": precision}
+    ours = torch.compile(model, backend="fusepass", options=options)(tokens, use_cache=False).logits
+    assert fusepass.reports()[0].counts()["norm_qkv_rope"] == 2
+    assert_gate(ours, model(tokens, use_cache=False).logits, reference(model)(tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_trained_checkpoint_gives_eagers_tokens_over_64_steps() -> None:
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(CHECKPOINT)("Once upon a time", return_tensors="pt")["input_ids"]
+    fast = torch.compile(model, backend="fusepass", options={"remainder": "eager"})
+    caches = [static_cache(model, 1, tokens.shape[1] + STEPS) for _ in range(2)]
+    step, generated, worst = tokens, [], 0.0
+    for _ in range(STEPS):
+        ours, plain = (
+            run(step, past_key_values=cache, use_cache=True).logits[:, -1] for run, cache in zip((fast, model), caches)
+        )
+        worst = max(worst, (ours - plain).abs().max().item() / plain.abs().max().item())
+        assert ours.argmax() == plain.argmax()
+        step = plain.argmax(-1, keepdim=True)
+        generated.append(step)
+    assert worst < 1e-4
+    assert len(fusepass.reports()) == 2  # prefill and one decode step: no recompilation on the way
+    assert len(set(torch.cat(generated, 1)[0].tolist())) > 10  # a text, not one token repeated
+
+
+def decode_logits(run: object, model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Teacher-forced logits of every token after the first `prompt`, one decode step each, on a static cache."""
+    cache = static_cache(model, tokens.shape[0], tokens.shape[1])
+    model(tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = []
+    for i in range(prompt, tokens.shape[1]):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits.append(run(tokens[:, i : i + 1].clone(), past_key_values=cache, use_cache=True).logits[:, -1].clone())
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-8B"])
+@torch.no_grad()
+def test_full_size_models_pass_the_gate_over_64_decode_steps_in_cuda_graphs(name: str) -> None:
+    from benchmarks.models import qwen3_config, random_model
+
+    config = qwen3_config(name)
+    model = random_model(config, torch.bfloat16, "cuda", seed=torch.seed() % 2**32)
+    tokens = torch.randint(config.vocab_size, (1, 16 + STEPS), device="cuda")
+    fast = torch.compile(model, backend="fusepass", mode="reduce-overhead", dynamic=False)
+    ours = decode_logits(fast, model, tokens, 16)
+    layers = config.num_hidden_layers
+    (report,) = fusepass.reports()
+    expected = {"norm_qkv_rope": layers, "norm_gated_mlp": layers, "linear_residual": layers, "rms_norm": 1}
+    assert dict(report.counts()) == expected
+    assert all(site.fused for site in report.sites)
+    assert graph_launches(fast, model, tokens) >= 1
+
+    eager = decode_logits(model, model, tokens, 16)
+    exact = reference(model)(tokens, use_cache=False).logits[:, 16:]
+    print(f"\n{name}: {(ours - exact).norm() / exact.norm():.4f} {(eager - exact).norm() / exact.norm():.4f} (eager)")
+    assert_gate(ours, eager, exact)
+
+
+def graph_launches(run: object, model: PreTrainedModel, tokens: torch.Tensor) -> int:
+    """CUDA graphs replayed in one decode step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        decode_logits(run, model, tokens[:, :17], 16)
+    return sum(event.count for event in trace.key_averages() if event.key == "cudaGraphLaunch")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@torch.no_grad()
+def test_prefill_and_decode_with_dynamic_shapes_pass_the_gate_on_a_gpu(batch: int) -> None:
+    model = small_qwen3(2, torch.bfloat16, hidden_size=896, num_attention_heads=14, head_dim=64, vocab_size=1000).cuda()
+    fast = torch.compile(model, backend="fusepass", dynamic=True)
+    exact_model = reference(model)
+    for length in (5, 40, 200):
+        tokens = torch.randint(1000, (batch, length), device="cuda")
+        ours = fast(tokens, use_cache=False).logits
+        assert_gate(ours, model(tokens, use_cache=False).logits, exact_model(tokens, use_cache=False).logits)
+    assert len(fusepass.reports()) <= 2
