@@ -39,7 +39,7 @@ class Sizes:
         return f"{self.hidden}x{self.intermediate}-{self.heads}:{self.kv_heads}x{self.head_dim}"
 
 
-SMALL = Sizes(56, 88, 6, 2, 16)
+SMALL = Sizes(66, 88, 6, 2, 16)
 """For the interpreter: no size is a power of two or equals another."""
 QWEN3 = Sizes(1024, 3072, 16, 8, 128)
 """Qwen3-0.6B."""
@@ -127,6 +127,19 @@ class Site:
         """The op's arguments by name."""
         names = inspect.signature(self.op.reference).parameters
         return dict(zip(names, (*self.arguments(layer, *inputs), high), strict=True))
+
+
+def sample(name: str, batch: int, seq: int, *, optional: bool = True, sizes: Sizes = SMALL) -> dict[str, Any]:
+    """Arguments of an op by name, with every optional one or with none."""
+    site = SITES[name]
+    family = "llama" if name == "norm_gated_mlp" else "qwen3"  # of the two, only Llama's MLP may have biases
+    layer = decoder_layer(sizes, torch.float16, family, attention_bias=True, mlp_bias=True)
+    redraw(layer)
+    arguments = site.named(layer, site.inputs(layer, batch, seq))
+    if not optional:
+        empty = {a.name: None for a in site.op.overload._schema.arguments if isinstance(a.type, torch.OptionalType)}
+        arguments |= empty
+    return arguments
 
 
 def as_tuple(result: Tensor | Tensors) -> Tensors:
