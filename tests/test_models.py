@@ -1,9 +1,12 @@
 """Whole models: logits under the numeric gate, and tokens of a trained checkpoint over 64 greedy steps."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fusepass
@@ -45,15 +48,24 @@ def test_a_trained_checkpoint_gives_eagers_tokens_over_64_steps() -> None:
     assert len(set(torch.cat(generated, 1)[0].tolist())) > 10  # a text, not one token repeated
 
 
-def decode_logits(run: object, model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Teacher-forced logits of every token after the first `prompt`, one decode step each, on a static cache."""
+def decode_logits(
+    run: Callable[..., Any], model: PreTrainedModel, tokens: torch.Tensor, prompt: int
+) -> tuple[torch.Tensor, int]:
+    """Teacher-forced logits of every token after the first `prompt`, one decode step each on one static cache, and
+    the number of CUDA graphs that the last step replayed."""
     cache = static_cache(model, tokens.shape[0], tokens.shape[1])
     model(tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = []
-    for i in range(prompt, tokens.shape[1]):
+
+    def step(i: int) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        logits.append(run(tokens[:, i : i + 1].clone(), past_key_values=cache, use_cache=True).logits[:, -1].clone())
-    return torch.stack(logits, 1)
+        return run(tokens[:, i : i + 1].clone(), past_key_values=cache, use_cache=True).logits[:, -1].clone()
+
+    last = tokens.shape[1] - 1
+    logits = [step(i) for i in range(prompt, last)]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        logits.append(step(last))
+        torch.cuda.synchronize()
+    return torch.stack(logits, 1), sum(e.count for e in trace.key_averages() if e.key == "cudaGraphLaunch")
 
 
 @pytest.mark.gpu
@@ -66,27 +78,18 @@ def test_full_size_models_pass_the_gate_over_64_decode_steps_in_cuda_graphs(name
     model = random_model(config, torch.bfloat16, "cuda", seed=torch.seed() % 2**32)
     tokens = torch.randint(config.vocab_size, (1, 16 + STEPS), device="cuda")
     fast = torch.compile(model, backend="fusepass", mode="reduce-overhead", dynamic=False)
-    ours = decode_logits(fast, model, tokens, 16)
+    ours, replays = decode_logits(fast, model, tokens, 16)
+    assert replays == 1
     layers = config.num_hidden_layers
     (report,) = fusepass.reports()
     expected = {"norm_qkv_rope": layers, "norm_gated_mlp": layers, "linear_residual": layers, "rms_norm": 1}
     assert dict(report.counts()) == expected
     assert all(site.fused for site in report.sites)
-    assert graph_launches(fast, model, tokens) >= 1
 
-    eager = decode_logits(model, model, tokens, 16)
+    eager, _ = decode_logits(model, model, tokens, 16)
     exact = reference(model)(tokens, use_cache=False).logits[:, 16:]
     print(f"\n{name}: {(ours - exact).norm() / exact.norm():.4f} {(eager - exact).norm() / exact.norm():.4f} (eager)")
     assert_gate(ours, eager, exact)
-
-
-def graph_launches(run: object, model: PreTrainedModel, tokens: torch.Tensor) -> int:
-    """CUDA graphs replayed in one decode step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        decode_logits(run, model, tokens[:, :17], 16)
-    return sum(event.count for event in trace.key_averages() if event.key == "cudaGraphLaunch")
 
 
 @pytest.mark.gpu
