@@ -3,8 +3,8 @@
     python examples/train_tiny_qwen3.py --steps 1800 --out examples/tiny-qwen3
 
 It downloads nothing. It builds a byte-level tokenizer and a model of one million parameters, trains the model on short
-tales of twelve animals that a small grammar tells, and saves both as a folder for ``from_pretrained``. This takes about
-11 minutes on two CPU cores and ends at a loss of 0.02 nats per byte, most of which is the grammar's own free choice.
+tales of twelve animals that a small grammar tells, and saves both as a folder for ``from_pretrained``. On two idle CPU
+cores this takes about 11 minutes. The loss ends at 0.02 nats per byte, most of which is the grammar's own free choice.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 IDS = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}
-PROMPTS = ("The fox sat by the river.", "Once upon a time", "Hello, my name is Hazel and")
+PROMPTS = ("The fox sat by the river.", "Hello, my name is Hazel and", "Bruno the bear keeps a tally.")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fusepass import validity
 from fusepass.fusion import Fusion, Match, Refused, fusions
-from fusepass.graph import module_path, mutated, reads_only_shape, source_line, value
+from fusepass.graph import module_path, mutated, reads_only_shape, source_line, storages, value
 from fusepass.options import Options
 from fusepass.report import GraphReport, Site
 
@@ -31,8 +31,9 @@ def fuse(gm: GraphModule, options: Options, compile_id: str = "") -> GraphReport
     report = GraphReport(compile_id)
     modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
     copies = [_copy(module.graph) for module in modules]
-    for graph in copies:
-        report.sites.extend(_fuse_graph(graph, options))
+    for module, graph in zip(modules, copies):
+        # What is a placeholder of an inner graph may be computed in the outer one.
+        report.sites.extend(_fuse_graph(graph, options, inputs_are_settled=module is gm))
     for module, graph in zip(modules, copies):
         module.graph = graph
         module.recompile()
@@ -49,10 +50,11 @@ def _copy(graph: Graph) -> Graph:
     return new
 
 
-def _fuse_graph(graph: Graph, options: Options) -> list[Site]:
+def _fuse_graph(graph: Graph, options: Options, inputs_are_settled: bool) -> list[Site]:
     around = validity.Surroundings.of(graph)
     writes = _writes(graph)
     sites = []
+    calls: dict[Node, Match] = {}
     for fusion in fusions():
         if not options.enabled(fusion):
             continue
@@ -61,7 +63,9 @@ def _fuse_graph(graph: Graph, options: Options) -> list[Site]:
             if node in erased or (match := fusion.match(node)) is None:
                 continue
             try:
-                erased |= _apply(graph, fusion, match, around, options.precision == "high")
+                call = _apply(graph, fusion, match, around, options.precision == "high")
+                calls[call] = match
+                erased |= set(match.interior)
                 sites.append(Site(fusion.name, module_path(match.anchor), source_line(match.anchor)))
             except Refused as refusal:
                 sites.append(
@@ -74,6 +78,8 @@ def _fuse_graph(graph: Graph, options: Options) -> list[Site]:
                     )
                 )
             log.debug("%s", sites[-1])
+    if inputs_are_settled:
+        _allow_early_reads(graph, calls, around)
     graph.lint()
     if _writes(graph) != writes:
         raise AssertionError("rewriting changed the nodes that write in place, or their order")
@@ -84,8 +90,8 @@ def _writes(graph: Graph) -> list[str]:
     return [node.name for node in graph.nodes if mutated(node)]
 
 
-def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Surroundings, high: bool) -> set[Node]:
-    """Check `match` and replace it by its op. Returns the nodes it erased; raises `Refused` with nothing changed."""
+def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Surroundings, high: bool) -> Node:
+    """Check `match` and replace it by its op. Returns the op's node; raises `Refused` with nothing changed."""
     overload, arguments = fusion.rewrite(match, high)
     nodes = [arg for arg in arguments if isinstance(arg, Node)]
     validity.check(match, around, nodes)
@@ -108,7 +114,8 @@ def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Sur
             replacements.append(point)
     for output, replacement in zip(match.outputs, replacements):
         output.replace_all_uses_with(replacement)
-    return _erase(graph, match)
+    _erase(graph, match)
+    return call
 
 
 def _fake_results(overload: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -135,13 +142,28 @@ def _new_node(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, resu
     return node
 
 
-def _erase(graph: Graph, match: Match) -> set[Node]:
+def _erase(graph: Graph, match: Match) -> None:
     """Erase the region, and let what read only the shape of its values read the activation's."""
-    erased = set()
     for node in sorted(match.interior, reverse=True):
         for user in list(node.users):
             if reads_only_shape(user):
                 user.replace_input_with(node, match.activation)
         graph.erase_node(node)
-        erased.add(node)
-    return erased
+
+
+def _allow_early_reads(graph: Graph, calls: dict[Node, Match], around: validity.Surroundings) -> None:
+    """Let ops read weights before the kernels that precede them have finished, where nothing can be writing those.
+
+    Not the first op of the graph, nor one that does not follow another in the flow of data: the kernel before it may be
+    the user's own update of the weights. Not an op whose weights the graph computes or writes.
+    """
+    behind: set[Node] = set()
+    for node in graph.nodes:
+        if any(source in behind or source in calls for source in node.all_input_nodes):
+            behind.add(node)
+    for call, match in calls.items():
+        fixed = all(weight.op in ("placeholder", "get_attr") for weight in match.parameters)
+        written = any(writes & storages(weight) for _, writes in around.mutations for weight in match.parameters)
+        takes_early = any(arg.name == "early" for arg in call.target._schema.arguments)  # type: ignore[union-attr]
+        if takes_early and call in behind and fixed and not written:
+            call.update_kwarg("early", True)

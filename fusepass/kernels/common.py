@@ -6,6 +6,32 @@ graph would have stored a tensor ("match"), True keeps f32 ("high").
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def begin(PDL: tl.constexpr, EARLY: tl.constexpr):
+    """The first statement of every kernel.
+
+    With programmatic dependent launch (PDL) the kernel may run while the one before it in the stream still does. What
+    that one wrote may be read, and anything may be written, only behind the wait. An EARLY kernel reads weights
+    first and waits at `before_activations`: nothing in the step writes them. It lets the next kernel begin at once,
+    where a kernel that waits here lets it begin after the wait, so that no early read ever overtakes what ran before
+    the first kernel of a graph (an update of the weights, say).
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    elif PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def before_activations(EARLY: tl.constexpr):
+    """Where an EARLY kernel waits for the kernels before it. Every kernel of a chain waits before it ends: waiting for
+    the previous kernel is waiting for all earlier ones only if that one has waited too."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit

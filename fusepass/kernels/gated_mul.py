@@ -4,16 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import gated
-from fusepass.kernels.launch import interpreted
+from fusepass.kernels.common import begin, gated
+from fusepass.kernels.launch import interpreted, pdl_options
 
 
 @triton.jit
 def gated_mul_kernel(
     gate_ptr, up_ptr, out_ptr, size,
-    ACTIVATION: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[i] = activation(gate[i]) * up[i] over contiguous tensors; `out_ptr` may be `gate_ptr`."""
+    begin(PDL, False)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + i, i < size, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + i, i < size, other=0.0).to(tl.float32)
@@ -25,5 +26,13 @@ def gated_mul(gate: Tensor, up: Tensor, out: Tensor, activation: str, high: bool
     """out = activation(gate) * up; three contiguous tensors of one shape, `out` may be `gate`."""
     block = 65536 if interpreted() else 1024
     gated_mul_kernel[(triton.cdiv(out.numel(), block),)](
-        gate, up, out, out.numel(), ACTIVATION=activation, HIGH=high, BLOCK=block, num_warps=4
+        gate,
+        up,
+        out,
+        out.numel(),
+        ACTIVATION=activation,
+        HIGH=high,
+        BLOCK=block,
+        num_warps=4,
+        **pdl_options(),
     )

@@ -8,13 +8,15 @@ reads them again in this step.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusepass import tuning
+from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.common import inverse_rms, normalise, stored
-from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n
+from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n, pdl, pdl_options
 
 
 @triton.jit
@@ -68,11 +70,13 @@ def linear_rows_kernel(
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride,
     M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y_i[m, :] = norm(x[m, :]) @ w_i.T + b_i (+ residual[m, :]) for one weight, or for three in one launch.
 
     x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. norm, biases, w1, w2 and residual may be None.
     """
+    begin(PDL, EARLY)
     block = tl.program_id(0)
     w_ptr, b_ptr, y_ptr, N = w0_ptr, b0_ptr, y0_ptr, N0
     if w1_ptr is not None:
@@ -90,6 +94,7 @@ def linear_rows_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)  # a clamped row costs no predicate; its result is not stored
     w = _load_weight(w_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
+    before_activations(EARLY)
 
     rstd0 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
     rstd1 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
@@ -135,13 +140,15 @@ def gated_rows_kernel(
     x_ptr, x_stride, norm_ptr, eps,
     gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N,
     M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACTIVATION: tl.constexpr, HIGH: tl.constexpr,
+    ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[m, :] = activation(norm(x[m, :]) @ gate.T) * (norm(x[m, :]) @ up.T); shapes as in `linear_rows_kernel`."""
+    begin(PDL, EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
     g = _load_weight(gate_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
     u = _load_weight(up_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
+    before_activations(EARLY)
 
     rstd0 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
     rstd1 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
@@ -177,16 +184,19 @@ def gated_rows_kernel(
         _store_gated_row(gate3, up3, y_ptr, gate_bias_ptr, up_bias_ptr, 3, n, N, ACTIVATION, HIGH)
 
 
-def _config(m: int, n: int, k: int, matrices: int, element_size: int) -> dict[str, int]:
-    """Block sizes and warps. One row: 2-4 features a program with as much of K as registers hold were 10-20 % faster
-    on an H200 than larger tiles; more rows need accumulators for each, so their tiles are smaller."""
+def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes and warps: measured ones if there are, else safe ones. One row: 2-4 features a program with as much
+    of K as registers hold were 10-20 % faster on an H200 than larger tiles; more rows need accumulators for each, so
+    their tiles are smaller."""
+    if measured := tuning.lookup(kernel, m, n, k, dtype):
+        return measured
     if interpreted():
         return {"BLOCK_N": interpreter_block_n(n), "BLOCK_K": block_k(k, 1024), "num_warps": 1}
     if m == 1:
-        tile_n = 4 if matrices == 1 and n >= 4096 else 2
+        tile_n = 4 if kernel == "linears" and n >= 4096 else 2
         return {
             "BLOCK_N": tile_n,
-            "BLOCK_K": block_k(k, (2048 if k < 4096 else 4096) * 2 // element_size),
+            "BLOCK_K": block_k(k, (2048 if k < 4096 else 4096) * 2 // dtype.itemsize),
             "num_warps": 4,
         }
     return {"BLOCK_N": 2, "BLOCK_K": block_k(k, 1024), "num_warps": 4}
@@ -201,16 +211,18 @@ def linears(
     outs: Sequence[Tensor],
     residual: Tensor | None,
     high: bool,
+    early: bool,
 ) -> None:
     """Launch `linear_rows_kernel`: one weight or three; biases all or none. Shapes as in `project`; 1 to 4 rows."""
     m, k = x.shape
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
-    config = _config(m, sum(sizes), k, 1, x.element_size())
+    config = _config("linears", m, sum(sizes), k, x.dtype)
     grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
     linear_rows_kernel[grid](
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
-        residual, 0 if residual is None else residual.stride(0), M=m, K=k, HIGH=high, **config,
+        residual, 0 if residual is None else residual.stride(0), M=m, K=k, HIGH=high,
+        EARLY=early and pdl(), **pdl_options(), **config,
     )  # fmt: skip
 
 
@@ -225,12 +237,13 @@ def gated(
     out: Tensor,
     activation: str,
     high: bool,
+    early: bool,
 ) -> None:
     """Launch `gated_rows_kernel`. x: [M, K] of 1 to 4 rows; gate, up: [N, K]; out: [M, N]; biases both or none."""
     m, k = x.shape
     n = gate.shape[0]
-    config = _config(m, n, k, 2, x.element_size())
+    config = _config("gated", m, n, k, x.dtype)
     gated_rows_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
-        M=m, K=k, ACTIVATION=activation, HIGH=high, **config,
+        M=m, K=k, ACTIVATION=activation, HIGH=high, EARLY=early and pdl(), **pdl_options(), **config,
     )  # fmt: skip

@@ -16,6 +16,22 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache
+def pdl() -> bool:
+    """Whether kernels use programmatic dependent launch (NVIDIA, Hopper and later): a kernel may then begin while the
+    one before it still runs; `common.begin` says where it waits."""
+    if interpreted():
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 90
+
+
+@functools.cache
+def pdl_options() -> dict[str, bool]:
+    """Launch options of a kernel with a PDL constexpr. Other back ends do not know `launch_pdl`."""
+    return {"PDL": True, "launch_pdl": True} if pdl() else {"PDL": False}
+
+
 def block_k(k: int, most: int) -> int:
     """Power-of-two tile along K: the whole of K if it fits in `most`, else `most`."""
     return min(triton.next_power_of_2(k), most)

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import inverse_rms, normalise
-from fusepass.kernels.launch import block_k
+from fusepass.kernels.common import begin, inverse_rms, normalise
+from fusepass.kernels.launch import block_k, pdl_options
 
 
 @triton.jit
@@ -14,9 +14,10 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, eps,
     size1, size2,  # row r is x[r // (size1 * size2), r // size2 % size1, r % size2]
     stride0, stride1, stride2,  # of x and of out
-    K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, :] = RMSNorm(x[r, :]) * weight over the last dimension (stride 1) of a tensor with three leading ones."""
+    begin(PDL, False)
     row = tl.program_id(0).to(tl.int64)
     offset = row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
     x_ptr += offset
@@ -45,5 +46,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool) -> Tensor:
     rms_norm_kernel[(sizes[0] * sizes[1] * sizes[2],)](
         x, weight, out, eps, sizes[1], sizes[2], *strides,
         K=sizes[3], BLOCK_K=block, HIGH=high, num_warps=max(1, min(16, block // 512)),
+        **pdl_options(),
     )  # fmt: skip
     return out

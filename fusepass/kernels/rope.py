@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import normalise, stored
-from fusepass.kernels.launch import interpreted
+from fusepass.kernels.common import begin, normalise, stored
+from fusepass.kernels.launch import interpreted, pdl_options
 
 
 @triton.jit
@@ -44,9 +44,10 @@ def qk_norm_rope_kernel(
     cos_ptr, sin_ptr, cos_stride_b, cos_stride_s, cos_stride_d, sin_stride_b, sin_stride_s, sin_stride_d,
     seq, q_blocks,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q, k: [batch * seq, heads, D] contiguous; cos, sin: [batch, seq, D] with any strides (0 broadcasts)."""
+    begin(PDL, False)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     half: tl.constexpr = D // 2
@@ -94,4 +95,5 @@ def qk_norm_rope(
         cos, sin, cos.stride(0), cos.stride(2), cos.stride(3), sin.stride(0), sin.stride(2), sin.stride(3),
         seq, q_blocks, Q_HEADS=q_heads, K_HEADS=k_heads, D=head_dim,
         BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim // 2), HIGH=high, num_warps=4,
+        **pdl_options(),
     )  # fmt: skip

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusepass.kernels.common import begin, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.common import stored
-from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip
+from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip, pdl_options
 
 
 @triton.jit
@@ -30,11 +30,13 @@ def linear_skinny_kernel(
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y_i = x @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
 
     x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. Biases, w1, w2 and residual may be None.
     """
+    begin(PDL, False)
     block = tl.program_id(0)
     w_ptr, b_ptr, y_ptr, N = w0_ptr, b0_ptr, y0_ptr, N0
     if w1_ptr is not None:
@@ -71,9 +73,10 @@ def linear_skinny_kernel(
 def gated_skinny_kernel(
     x_ptr, x_stride, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACTIVATION: tl.constexpr, HIGH: tl.constexpr,
+    ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = activation(x @ gate.T + b) * (x @ up.T + b); shapes as in `linear_skinny_kernel`."""
+    begin(PDL, False)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
     m = tl.arange(0, BLOCK_M)
@@ -123,7 +126,8 @@ def linears(
     grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
     linear_skinny_kernel[grid](
         x, x.stride(0), *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
-        residual, 0 if residual is None else residual.stride(0), m, K=k, HIGH=high, **config,
+        residual, 0 if residual is None else residual.stride(0), m, K=k, HIGH=high,
+        **pdl_options(), **config,
     )  # fmt: skip
 
 
@@ -142,5 +146,6 @@ def gated(
     n = gate.shape[0]
     config = _config(m, n, x.element_size())
     gated_skinny_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
-        x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m, K=k, ACTIVATION=activation, HIGH=high, **config
-    )
+        x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m,
+        K=k, ACTIVATION=activation, HIGH=high, **pdl_options(), **config,
+    )  # fmt: skip

@@ -127,6 +127,9 @@ def define(
 
     All four functions take the schema's arguments. `check` raises for impossible input and runs before each of the
     others; `fake` returns empty outputs with the shapes and strides that `reference` gives.
+
+    An op whose schema has `bool early=False` may read its parameters before the kernels that precede it have finished,
+    where that is set. `fusepass.rewrite` sets it for sites whose parameters nothing in the step writes.
     """
     name = schema.split("(")[0]
 

@@ -24,12 +24,13 @@ def reference(
     residual: Tensor | None,
     activation: str,
     high: bool,
+    early: bool = False,
 ) -> Tensor:
     """residual + down(activation(gate(norm(x))) * up(norm(x))), https://arxiv.org/abs/2002.05202.
 
     x: [..., K]; norm_weight: [K]; gate, up: [I, K]; down: [N, I]; residual: [..., N]. The norm, every bias and the
     residual may be None. `activation`: "silu" or "gelu_tanh". Rounds to x's dtype where eager would, unless `high`,
-    which keeps f32 except for the value that `down` reads.
+    which keeps f32 except for the value that `down` reads. `early`: see `fusepass.ops.library.define`.
     """
     h = x if norm_weight is None else rms_norm.reference(x, norm_weight, eps, high)
     act = F.silu if activation == "silu" else lambda v: F.gelu(v, approximate="tanh")
@@ -54,6 +55,7 @@ def _check(
     residual: Tensor | None,
     activation: str,
     high: bool,
+    early: bool = False,
 ) -> None:
     expect_activation(OP, "x", x)
     expect_parameter(OP, "norm_weight", norm_weight, x, x.shape[-1])
@@ -90,18 +92,20 @@ def _launch(
     residual: Tensor | None,
     activation: str,
     high: bool,
+    early: bool = False,
 ) -> Tensor:
     out = x.new_empty(*x.shape[:-1], down.shape[0])
     if out.numel():
-        h = gate_up(as_rows(x), norm_weight, eps, gate, up, gate_bias, up_bias, activation, high)
+        h = gate_up(as_rows(x), norm_weight, eps, gate, up, gate_bias, up_bias, activation, high, early)
         add = None if residual is None else as_rows(residual)
-        project(h, None, 0.0, [down], [down_bias], [as_rows(out)], add, high)
+        # The kernel before this one is ours and has waited: the weights may always be read early here.
+        project(h, None, 0.0, [down], [down_bias], [as_rows(out)], add, high, True)
     return out
 
 
 norm_gated_mlp = define(
     "norm_gated_mlp(Tensor x, Tensor? norm_weight, float eps, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
-    "Tensor? up_bias, Tensor? down_bias, Tensor? residual, str activation, bool high) -> Tensor",
+    "Tensor? up_bias, Tensor? down_bias, Tensor? residual, str activation, bool high, bool early=False) -> Tensor",
     fake=_fake,
     reference=reference,
     launch=_launch,

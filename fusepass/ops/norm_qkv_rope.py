@@ -41,13 +41,14 @@ def reference(
     sin: Tensor,
     head_dim: int,
     high: bool,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [B, Hq, S, D], rotated keys [B, Hkv, S, D] and values [B, Hkv, S, D].
 
     x: [B, S, K]; norm_weight: [K] or None; q: [Hq * D, K]; k, v: [Hkv * D, K]; biases: of the weights' first size, or
     None; q_norm_weight, k_norm_weight: [D] or None; cos, sin: broadcastable to [B, 1, S, D]; D = head_dim, even.
     The three results lie in memory as [B, S, H, D]. RoPE is the half-split form of https://arxiv.org/abs/2104.09864.
-    Rounds to x's dtype where eager would, unless `high`.
+    Rounds to x's dtype where eager would, unless `high`. `early`: see `fusepass.ops.library.define`.
     """
     h = x if norm_weight is None else rms_norm.reference(x, norm_weight, norm_eps, high)
     dtype = x.dtype
@@ -84,6 +85,7 @@ def _check(
     sin: Tensor,
     head_dim: int,
     high: bool,
+    early: bool = False,
 ) -> None:
     expect_activation(OP, "x", x, ndim=3)
     if head_dim <= 0 or head_dim % 2:
@@ -105,7 +107,7 @@ def _check(
 def _fake(
     x: Tensor, norm_weight: Tensor | None, norm_eps: float, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    head_dim = rest[-2]
+    head_dim = rest[9]
     return tuple(_heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))
 
 
@@ -127,6 +129,7 @@ def _launch(
     sin: Tensor,
     head_dim: int,
     high: bool,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fusepass.kernels.rope import qk_norm_rope
 
@@ -137,7 +140,7 @@ def _launch(
         rows = as_rows(x)
         raw = [torch.empty_like(t, dtype=torch.float32) if high else t for t in (query, key, value)]
         outs = [as_rows(t) for t in raw]
-        project(rows, norm_weight, norm_eps, [q, k, v], [q_bias, k_bias, v_bias], outs, None, high)
+        project(rows, norm_weight, norm_eps, [q, k, v], [q_bias, k_bias, v_bias], outs, None, high, early)
         if high:
             value.copy_(raw[2])
         qk_norm_rope(
@@ -149,7 +152,7 @@ def _launch(
 norm_qkv_rope = define(
     "norm_qkv_rope(Tensor x, Tensor? norm_weight, float norm_eps, Tensor q, Tensor k, Tensor v, Tensor? q_bias, "
     "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm_weight, float q_norm_eps, Tensor? k_norm_weight, "
-    "float k_norm_eps, Tensor cos, Tensor sin, int head_dim, bool high) -> (Tensor, Tensor, Tensor)",
+    "float k_norm_eps, Tensor cos, Tensor sin, int head_dim, bool high, bool early=False) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     reference=reference,
     launch=_launch,

@@ -36,6 +36,7 @@ def project(
     outs: Sequence[Tensor],
     residual: Tensor | None,
     high: bool,
+    early: bool,
 ) -> None:
     """outs[i] = norm(x) @ weights[i].T + biases[i] (+ residual), for one weight or three.
 
@@ -62,7 +63,7 @@ def project(
             x = rms_norm(x, norm_weight, eps, high)
         skinny.linears(x, weights, _all_or_none(biases, weights), outs, residual, high)
     else:
-        gemv.linears(x, norm_weight, eps, weights, _all_or_none(biases, weights), outs, residual, high)
+        gemv.linears(x, norm_weight, eps, weights, _all_or_none(biases, weights), outs, residual, high, early)
 
 
 def gate_up(
@@ -75,6 +76,7 @@ def gate_up(
     up_bias: Tensor | None,
     activation: str,
     high: bool,
+    early: bool,
 ) -> Tensor:
     """activation(norm(x) @ gate.T + gate_bias) * (norm(x) @ up.T + up_bias): [M, intermediate], contiguous."""
     from fusepass.kernels import gemv, skinny
@@ -93,5 +95,5 @@ def gate_up(
     if how == "skinny":
         skinny.gated(x, gate, up, gate_bias, up_bias, out, activation, high)
     else:
-        gemv.gated(x, norm_weight, eps, gate, up, gate_bias, up_bias, out, activation, high)
+        gemv.gated(x, norm_weight, eps, gate, up, gate_bias, up_bias, out, activation, high, early)
     return out

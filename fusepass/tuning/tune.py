@@ -1,0 +1,152 @@
+"""Measure launch configs of the row-vector kernels on this GPU and keep the best.
+
+    python -m fusepass.tuning.tune --model Qwen/Qwen3-0.6B      # writes this user's table
+
+Each candidate runs as a chain of launches over distinct weights in one CUDA graph, because that is how a model runs it:
+the weights come from memory, and each kernel's start overlaps the end of the one before. Candidates are compiled ahead
+in several processes.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fusepass import tuning
+from fusepass.tuning import Config
+
+
+class Problem(NamedTuple):
+    """One kernel at one size. kernel: "linears" (sizes: one or three N) or "gated" (sizes: one N)."""
+
+    kernel: str
+    m: int
+    sizes: tuple[int, ...]
+    k: int
+    residual: bool
+    norm: bool
+
+    def key(self) -> str:
+        return tuning.key(self.kernel, self.m, sum(self.sizes), self.k, torch.bfloat16)
+
+
+def problems(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, m: int) -> list[Problem]:
+    """The four matrix-vector products of a decoder layer."""
+    q, kv = heads * head_dim, kv_heads * head_dim
+    return [
+        Problem("linears", m, (q, kv, kv), hidden, residual=False, norm=True),
+        Problem("linears", m, (hidden,), q, residual=True, norm=False),
+        Problem("gated", m, (intermediate,), hidden, residual=False, norm=True),
+        Problem("linears", m, (hidden,), intermediate, residual=True, norm=False),
+    ]
+
+
+def candidates(problem: Problem) -> Iterator[Config]:
+    """Block sizes that give a thread 16 to 128 weights of each row to hold."""
+    matrices = 2 if problem.kernel == "gated" else 1
+    top = 1 << (problem.k - 1).bit_length()
+    for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
+        held = n * k * matrices * problem.m / (32 * warps)
+        if k <= top and 16 <= held <= 128:
+            yield {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
+
+
+def launches(problem: Problem, copies: int) -> list[Callable[[], None]]:
+    """One launch for each of `copies` distinct sets of weights."""
+    from fusepass.kernels import gemv
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+
+    x, norm = new(problem.m, problem.k), new(problem.k) if problem.norm else None
+    outs = [new(problem.m, n) for n in problem.sizes]
+    residual = new(problem.m, problem.sizes[0]) if problem.residual else None
+    none = [None] * len(problem.sizes)
+
+    def one() -> Callable[[], None]:
+        if problem.kernel == "gated":
+            gate, up = new(problem.sizes[0], problem.k), new(problem.sizes[0], problem.k)
+            return lambda: gemv.gated(x, norm, 1e-6, gate, up, None, None, outs[0], "silu", False, True)
+        weights = [new(n, problem.k) for n in problem.sizes]
+        return lambda: gemv.linears(x, norm, 1e-6, weights, none, outs, residual, False, True)
+
+    return [one() for _ in range(copies)]
+
+
+def compile_all(work: list[tuple[Problem, Config]]) -> None:
+    """Run each candidate once, so that Triton's cache on disk has it."""
+    for problem, config in work:
+        tuning.forced = config
+        launches(problem, 1)[0]()
+    torch.cuda.synchronize()
+
+
+def microseconds(chain: list[Callable[[], None]], config: Config, rounds: int = 5) -> float:
+    """Time of one launch in a CUDA graph of the whole chain: the median over `rounds` of ten replays."""
+    tuning.forced = config
+    for launch in chain[:2]:
+        launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in chain:
+            launch()
+    times = []
+    for _ in range(rounds + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 100 / len(chain))
+    return statistics.median(times[1:])
+
+
+def tune(todo: list[Problem], processes: int) -> dict[str, Config]:
+    """The fastest config of each problem. Prints the three best."""
+    work = [(problem, config) for problem in todo for config in candidates(problem)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(compile_all, [work[i::processes] for i in range(processes)])
+    best = {}
+    for problem in todo:
+        matrices = 2 if problem.kernel == "gated" else 1
+        size = sum(problem.sizes) * problem.k * 2 * matrices
+        chain = launches(problem, max(4, min(64, (600 << 20) // size)))
+        timed = sorted(((microseconds(chain, c), tuple(c.items())) for c in candidates(problem)), key=lambda t: t[0])
+        best[problem.key()] = dict(timed[0][1])
+        for us, config in timed[:3]:
+            print(f"{problem.key():48} {us:7.2f} us {size / us / 1e6:5.2f} TB/s  {dict(config)}", flush=True)
+    tuning.forced = None
+    return best
+
+
+def main() -> None:
+    from transformers import AutoConfig
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", required=True, help="hub names, folders or config.json files")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="activation rows to tune for, 1 to 4")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="table to write; default: this user's table")
+    args = parser.parse_args()
+    todo: dict[str, Problem] = {}
+    for name in args.model:
+        c = AutoConfig.from_pretrained(name)
+        sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        todo.update({p.key(): p for m in args.rows for p in problems(*sizes, m)})
+    out = args.out or tuning.user_table()
+    known = json.loads(out.read_text()) if out.is_file() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known.update(tune(list(todo.values()), args.processes))
+    out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

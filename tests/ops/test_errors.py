@@ -1,0 +1,125 @@
+"""Impossible input is refused by name, and a gradient is never lost in silence."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fusepass.ops import OPS
+from tests.ops.sites import as_tuple, sample
+
+ROWS = 1, 3
+Fault = Callable[[Tensor], Tensor]
+
+SHAPE: dict[str, Fault] = {
+    "longer": lambda t: t.new_zeros(*t.shape[:-1], t.shape[-1] + 1),
+    "one more dimension": lambda t: t.unsqueeze(0),
+}
+KIND: dict[str, Fault] = {
+    "other dtype": lambda t: t.float(),
+    "integers": lambda t: t.int(),
+    "other device": lambda t: torch.empty_like(t, device="cpu" if t.device.type != "cpu" else "meta"),
+}
+NOT_CONTIGUOUS: dict[str, Fault] = {"not contiguous": lambda t: torch.stack((t, t), -1)[..., 0]}
+FEWER_ROWS: dict[str, Fault] = {"fewer rows": lambda t: t[:-1].contiguous()}
+TABLE: dict[str, Fault] = {
+    "per head": lambda t: t.expand(-1, 2, -1, -1),
+    "of another batch": lambda t: t.repeat(5, 1, 1, 1),
+    "of other tokens": lambda t: t.repeat(1, 1, 2, 1),
+}
+FAULTS: dict[str, dict[str, Fault]] = {
+    "weight": SHAPE | KIND | NOT_CONTIGUOUS,
+    "residual": SHAPE | KIND | {"fewer tokens": lambda t: t[:, :-1]},
+    "up": SHAPE | KIND | NOT_CONTIGUOUS | FEWER_ROWS,
+    "cos": SHAPE | KIND | TABLE,
+    "sin": SHAPE | KIND | TABLE,
+    **{name: SHAPE | KIND | NOT_CONTIGUOUS | FEWER_ROWS for name in ("q", "k", "v")},
+}
+"""What can be wrong with an argument; with those not named here, what can be wrong with any parameter."""
+X: dict[str, dict[str, Fault]] = {
+    "norm_qkv_rope": {"one more dimension": lambda t: t.unsqueeze(0), "two dimensions": lambda t: t[0]},
+}
+
+
+def impossible() -> Iterator[Any]:
+    for op in OPS:
+        for name, argument in _tensors(sample(op, *ROWS)).items():
+            faults = FAULTS.get(name, SHAPE | KIND | NOT_CONTIGUOUS)
+            if name == "x":
+                faults = {"integers": lambda t: t.int(), "f64": lambda t: t.double()}
+                faults |= X.get(op, {"no dimension": lambda t: t[0, 0, 0]})
+            for what, fault in faults.items():
+                yield pytest.param(op, name, fault, id=f"{op}-{name}-{what}")
+
+
+def _tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(("op", "name", "fault"), impossible())
+def test_an_impossible_argument_is_named(op: str, name: str, fault: Fault, fake: bool) -> None:
+    arguments = sample(op, *ROWS)
+    if fake:
+        arguments |= {n: t.to("meta") for n, t in _tensors(arguments).items()}
+    wrong = fault(arguments[name])
+    said = f"fusepass::{op}: argument '{name}' is {wrong.dtype} of shape {tuple(wrong.shape)}"
+    with pytest.raises(ValueError, match=rf"^{re.escape(said)} .*; expected \S+"):
+        OPS[op].overload(*(arguments | {name: wrong}).values())
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value"),
+    [("norm_qkv_rope", "head_dim", value) for value in (0, -16, 15)] + [("norm_gated_mlp", "activation", "relu")],
+)
+def test_an_impossible_setting_is_named(op: str, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"fusepass::{op}: {name} .*{value}.*; expected \S+"):
+        OPS[op].overload(*(sample(op, *ROWS) | {name: value}).values())
+
+
+def test_a_head_dim_that_does_not_divide_the_weights_is_named() -> None:
+    with pytest.raises(ValueError, match=r"argument 'q' .* a multiple of head_dim \(10\) rows"):
+        OPS["norm_qkv_rope"].overload(*(sample("norm_qkv_rope", *ROWS) | {"head_dim": 10}).values())
+
+
+def each_tensor() -> Iterator[Any]:
+    for op in OPS:
+        yield from (pytest.param(op, name, id=f"{op}-{name}") for name in _tensors(sample(op, *ROWS)))
+
+
+@pytest.mark.parametrize(("op", "name"), each_tensor())
+def test_an_argument_that_needs_grad_is_refused_outside_no_grad(op: str, name: str) -> None:
+    arguments = sample(op, *ROWS)
+    arguments[name] = arguments[name].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"fusepass::{op} has no backward.*torch\.no_grad\(\)"):
+        OPS[op].overload(*arguments.values())
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in as_tuple(OPS[op].overload(*arguments.values())))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_function_transform_that_needs_grad_is_refused(op: str) -> None:
+    arguments = sample(op, *ROWS)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad\(\)"):
+        torch.func.grad(lambda x: as_tuple(OPS[op].overload(*(arguments | {"x": x}).values()))[0].sum())(arguments["x"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_forward_mode_tangent_is_not_lost(op: str) -> None:
+    arguments = sample(op, *ROWS)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(arguments["x"], torch.ones_like(arguments["x"]))
+        with pytest.raises((RuntimeError, NotImplementedError), match=op):
+            OPS[op].overload(*(arguments | {"x": x}).values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_refused_when_nothing_needs_grad(op: str) -> None:
+    with torch.enable_grad():
+        as_tuple(OPS[op].overload(*sample(op, *ROWS).values()))
+    with torch.inference_mode():
+        as_tuple(OPS[op].overload(*sample(op, *ROWS).values()))
