@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass.kernels.common import begin, gated
-from fusepass.kernels.launch import interpreted, pdl_options
+from fusepass.kernels.launch import interpreted, pdl_options, run
 
 
 @triton.jit
@@ -25,7 +25,9 @@ def gated_mul_kernel(
 def gated_mul(gate: Tensor, up: Tensor, out: Tensor, activation: str, high: bool) -> None:
     """out = activation(gate) * up; three contiguous tensors of one shape, `out` may be `gate`."""
     block = 65536 if interpreted() else 1024
-    gated_mul_kernel[(triton.cdiv(out.numel(), block),)](
+    run(
+        gated_mul_kernel,
+        (triton.cdiv(out.numel(), block),),
         gate,
         up,
         out,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusepass import tuning
 from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n, pdl, pdl_options
+from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n, pdl, pdl_options, run
 
 
 @triton.jit
@@ -219,7 +219,8 @@ def linears(
     pad = [None] * (3 - len(weights))
     config = _config("linears", m, sum(sizes), k, x.dtype)
     grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
-    linear_rows_kernel[grid](
+    run(
+        linear_rows_kernel, grid,
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
         residual, 0 if residual is None else residual.stride(0), M=m, K=k, HIGH=high,
         EARLY=early and pdl(), **pdl_options(), **config,
@@ -243,7 +244,8 @@ def gated(
     m, k = x.shape
     n = gate.shape[0]
     config = _config("gated", m, n, k, x.dtype)
-    gated_rows_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
+    run(
+        gated_rows_kernel, (triton.cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
         M=m, K=k, ACTIVATION=activation, HIGH=high, EARLY=early and pdl(), **pdl_options(), **config,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass.kernels.common import begin, inverse_rms, normalise
-from fusepass.kernels.launch import block_k, pdl_options
+from fusepass.kernels.launch import block_k, pdl_options, run
 
 
 @triton.jit
@@ -43,7 +43,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool) -> Tensor:
     sizes = (1,) * (4 - x.dim()) + tuple(x.shape)
     strides = ((0,) * (4 - x.dim()) + x.stride())[:3]
     block = block_k(sizes[3], 16384)
-    rms_norm_kernel[(sizes[0] * sizes[1] * sizes[2],)](
+    run(
+        rms_norm_kernel, (sizes[0] * sizes[1] * sizes[2],),
         x, weight, out, eps, sizes[1], sizes[2], *strides,
         K=sizes[3], BLOCK_K=block, HIGH=high, num_warps=max(1, min(16, block // 512)),
         **pdl_options(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusepass.kernels.common import begin, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip, pdl_options
+from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip, pdl_options, run
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def linears(
     pad = [None] * (3 - len(weights))
     config = _config(m, sum(sizes), x.element_size())
     grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
-    linear_skinny_kernel[grid](
+    run(
+        linear_skinny_kernel, grid,
         x, x.stride(0), *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
         residual, 0 if residual is None else residual.stride(0), m, K=k, HIGH=high,
         **pdl_options(), **config,
@@ -145,7 +146,8 @@ def gated(
     m, k = x.shape
     n = gate.shape[0]
     config = _config(m, n, x.element_size())
-    gated_skinny_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
+    run(
+        gated_skinny_kernel, (triton.cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m,
         K=k, ACTIVATION=activation, HIGH=high, **pdl_options(), **config,
     )  # fmt: skip

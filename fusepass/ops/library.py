@@ -105,10 +105,34 @@ def _cuda(launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _autograd(name: str, overload: torch._ops.OpOverload) -> Callable[..., Any]:
+def _checked(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind `check`, which is not repeated for arguments of shapes, dtypes and devices that passed it: a
+    dozen comparisons cost more time on the host than a launch does."""
+    passed: set[tuple[Any, ...]] = set()
+
+    def run(*args: Any) -> Any:
+        kind = tuple(
+            (arg.shape, arg.dtype, arg.get_device(), arg.is_contiguous()) if isinstance(arg, Tensor) else arg
+            for arg in args
+        )
+        if kind not in passed:
+            check(*args)
+            if len(passed) >= 4096:  # every prompt length is a kind of its own
+                passed.clear()
+            passed.add(kind)
+        return function(*args)
+
+    return run
+
+
+def _autograd(name: str, overload: torch._ops.OpOverload, on_cuda: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             raise RuntimeError(f"fusepass::{name} has no backward: call it under torch.no_grad()")
+        # With plain CUDA tensors and no mode active there is nothing to dispatch to but our kernel: this saves the
+        # second trip through the dispatcher, which weights that could require a gradient would cost in every call.
+        if args[0].is_cuda and type(args[0]) is Tensor and not torch._C._len_torch_dispatch_stack():
+            return on_cuda(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -133,18 +157,16 @@ def define(
     """
     name = schema.split("(")[0]
 
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            check(*args)
-            return function(*args)
+    def fake_checked(*args: Any) -> Any:
+        check(*args)  # sizes may be symbolic here
+        return fake(*args)
 
-        return run
-
+    on_cuda = _checked(check, _cuda(launch))
     LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
     overload = getattr(torch.ops.fusepass, name).default
-    torch.library.register_fake(f"fusepass::{name}", checked(fake), lib=LIBRARY)
-    LIBRARY.impl(name, checked(_cpu(name, reference, launch)), "CPU")
-    LIBRARY.impl(name, checked(_cuda(launch)), "CUDA")
-    LIBRARY.impl(name, _autograd(name, overload), "Autograd")
+    torch.library.register_fake(f"fusepass::{name}", fake_checked, lib=LIBRARY)
+    LIBRARY.impl(name, _checked(check, _cpu(name, reference, launch)), "CPU")
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    LIBRARY.impl(name, _autograd(name, overload, on_cuda), "Autograd")
     OPS[name] = Op(name, overload, reference)
     return OPS[name]

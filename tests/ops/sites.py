@@ -124,9 +124,9 @@ class Site:
         return as_tuple(self.op.overload(*self.arguments(layer, *inputs), high))
 
     def named(self, layer: nn.Module, inputs: Tensors, high: bool = False) -> dict[str, Any]:
-        """The op's arguments by name."""
+        """The op's arguments by name, those with a default left out."""
         names = inspect.signature(self.op.reference).parameters
-        return dict(zip(names, (*self.arguments(layer, *inputs), high), strict=True))
+        return dict(zip(names, (*self.arguments(layer, *inputs), high)))
 
 
 def sample(name: str, batch: int, seq: int, *, optional: bool = True, sizes: Sizes = SMALL) -> dict[str, Any]:

@@ -93,14 +93,16 @@ def fenced(fence: float = 7.0, width: int = 1024) -> Iterator[list[Tensor]]:
         whole.append(memory)
         return memory.as_strided(shape, stride, width)
 
-    def new_empty(self: Tensor, *shape: Any) -> Tensor:
+    def new_empty(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        if options:  # Triton's interpreter asks for host memory
+            return original_new_empty(self, *shape, **options)
         meta = torch.empty(*shape, device="meta")
         return allocate(self, meta.shape, meta.stride(), None)
 
     def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return allocate(like, like.shape, original(like).stride(), dtype)
+        return allocate(like, like.shape, original_empty_like(like).stride(), dtype)
 
-    original = torch.empty_like
+    original_new_empty, original_empty_like = Tensor.new_empty, torch.empty_like
     with mock.patch.object(Tensor, "new_empty", new_empty), mock.patch.object(torch, "empty_like", empty_like):
         yield whole
     for memory in whole:
