@@ -67,6 +67,9 @@ def compile_with_inductor(
         from torch._inductor import config
 
         register_lowerings()
+        # One kernel for independent small ones: a static cache bumps a length in every layer. Qwen3-0.6B's decode step
+        # on an H200: 379 kernels and 0.977 ms without, 262 and 0.868 ms with.
+        patches.setdefault("combo_kernels", True)
         patches[_SLOT] = CacheIdentity(patches.get(_SLOT, getattr(config, _SLOT)))
     wrapper = torch._TorchCompileInductorWrapper(mode, patches, None)
     return wrapper(gm, example_inputs)

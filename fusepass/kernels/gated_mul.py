@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass.kernels.common import begin, gated
-from fusepass.kernels.launch import interpreted, pdl_options, run
+from fusepass.kernels.launch import cdiv, interpreted, pdl_options, run
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def gated_mul(gate: Tensor, up: Tensor, out: Tensor, activation: str, high: bool
     block = 65536 if interpreted() else 1024
     run(
         gated_mul_kernel,
-        (triton.cdiv(out.numel(), block),),
+        (cdiv(out.numel(), block),),
         gate,
         up,
         out,

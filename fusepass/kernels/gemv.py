@@ -16,7 +16,7 @@ from torch import Tensor
 from fusepass import tuning
 from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.launch import block_k, interpreted, interpreter_block_n, pdl, pdl_options, run
+from fusepass.kernels.launch import block_k, cdiv, interpreted, interpreter_block_n, pdl, pdl_options, run
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def linears(
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
     config = _config("linears", m, sum(sizes), k, x.dtype)
-    grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
+    grid = (sum(cdiv(n, config["BLOCK_N"]) for n in sizes),)
     run(
         linear_rows_kernel, grid,
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
@@ -245,7 +245,7 @@ def gated(
     n = gate.shape[0]
     config = _config("gated", m, n, k, x.dtype)
     run(
-        gated_rows_kernel, (triton.cdiv(n, config["BLOCK_N"]),),
+        gated_rows_kernel, (cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
         M=m, K=k, ACTIVATION=activation, HIGH=high, EARLY=early and pdl(), **pdl_options(), **config,
     )  # fmt: skip

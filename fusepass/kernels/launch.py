@@ -35,6 +35,12 @@ def pdl_options() -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if pdl() else {"PDL": False}
 
 
+@functools.cache
+def _direct() -> bool:
+    """Whether `run` may call Triton's launcher itself: on NVIDIA GPUs."""
+    return not interpreted() and not is_hip()
+
+
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 4096
 
@@ -46,7 +52,7 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
     Triton would find the same compiled kernel, after 20 us or more of binding some thirty arguments. A decode step
     of 28 layers launches 140 kernels. `args` are all the parameters that are no constexpr, in order.
     """
-    if interpreted() or is_hip() or triton.knobs.runtime.launch_enter_hook is not None:
+    if not _direct() or triton.knobs.runtime.launch_enter_hook.calls:
         kernel[grid](*args, **constants)
         return
     driver = triton.runtime.driver.active
@@ -79,11 +85,21 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
     )  # fmt: skip
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` is callable from kernels too, and takes 4 us.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def block_k(k: int, most: int) -> int:
     """Power-of-two tile along K: the whole of K if it fits in `most`, else `most`."""
-    return min(triton.next_power_of_2(k), most)
+    return min(next_power_of_2(k), most)
 
 
 def interpreter_block_n(n: int) -> int:
     """A tile along N that makes a launch about four programs in the interpreter."""
-    return min(256, max(16, triton.next_power_of_2(n) // 4))
+    return min(256, max(16, next_power_of_2(n) // 4))

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass.kernels.common import begin, normalise, stored
-from fusepass.kernels.launch import interpreted, pdl_options, run
+from fusepass.kernels.launch import cdiv, interpreted, next_power_of_2, pdl_options, run
 
 
 @triton.jit
@@ -87,14 +87,14 @@ def qk_norm_rope(
     batch, seq, q_size = q.shape
     q_heads, k_heads = q_size // head_dim, k.shape[2] // head_dim
     # 4 heads a program: one token of Qwen3-0.6B (16 + 8 heads) makes 6 programs of 4 warps.
-    block_h = triton.next_power_of_2(max(q_heads, k_heads)) if interpreted() else 4
-    q_blocks, k_blocks = triton.cdiv(q_heads, block_h), triton.cdiv(k_heads, block_h)
+    block_h = next_power_of_2(max(q_heads, k_heads)) if interpreted() else 4
+    q_blocks, k_blocks = cdiv(q_heads, block_h), cdiv(k_heads, block_h)
     cos, sin = cos.expand(batch, 1, seq, head_dim), sin.expand(batch, 1, seq, head_dim)
     run(
         qk_norm_rope_kernel, (batch * seq, q_blocks + k_blocks),
         q_raw, k_raw, q, k, q_weight, k_weight, q_eps, k_eps,
         cos, sin, cos.stride(0), cos.stride(2), cos.stride(3), sin.stride(0), sin.stride(2), sin.stride(3),
         seq, q_blocks, Q_HEADS=q_heads, K_HEADS=k_heads, D=head_dim,
-        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim // 2), HIGH=high, num_warps=4,
+        BLOCK_H=block_h, BLOCK_D=next_power_of_2(head_dim // 2), HIGH=high, num_warps=4,
         **pdl_options(),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusepass.kernels.common import begin, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.launch import interpreted, interpreter_block_n, is_hip, pdl_options, run
+from fusepass.kernels.launch import cdiv, interpreted, interpreter_block_n, is_hip, next_power_of_2, pdl_options, run
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def gated_skinny_kernel(
 
 def _config(m: int, n: int, element_size: int) -> dict[str, int]:
     """Block sizes, warps and stages. Small N tiles: Qwen3-0.6B's o_proj has 1024 features for 132 multiprocessors."""
-    block_m = max(16, triton.next_power_of_2(m))
+    block_m = max(16, next_power_of_2(m))
     if interpreted():
         return {"BLOCK_M": block_m, "BLOCK_N": interpreter_block_n(n), "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
     wide = element_size == 4  # f32 tiles are twice as large and spill at 64 x 64 x 64
@@ -123,7 +123,7 @@ def linears(
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
     config = _config(m, sum(sizes), x.element_size())
-    grid = (sum(triton.cdiv(n, config["BLOCK_N"]) for n in sizes),)
+    grid = (sum(cdiv(n, config["BLOCK_N"]) for n in sizes),)
     run(
         linear_skinny_kernel, grid,
         x, x.stride(0), *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
@@ -147,7 +147,7 @@ def gated(
     n = gate.shape[0]
     config = _config(m, n, x.element_size())
     run(
-        gated_skinny_kernel, (triton.cdiv(n, config["BLOCK_N"]),),
+        gated_skinny_kernel, (cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m,
         K=k, ACTIVATION=activation, HIGH=high, **pdl_options(), **config,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from fusepass.ops.library import strategy
 def as_rows(x: Tensor) -> Tensor:
     """x[..., K] as [M, K] with stride 1 in the last dimension: a view where the strides allow, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fusepass.ops import force_strategy
 from fusepass.ops.library import Strategy
-from tests.ops.sites import DEVICE, DTYPES, QWEN3, SMALL, Site, Sizes, Tensors, decoder_layer, exact, redraw
+from tests.gate import FACTOR, reference
+from tests.ops.sites import DEVICE, DTYPES, QWEN3, SMALL, Site, Sizes, Tensors, as_tuple, decoder_layer, redraw
 
-MARGIN = 1.1
 DRAWS = 32
 
 
@@ -64,13 +64,18 @@ def rms_error(got: Tensor, want: Tensor) -> float:
     return float((difference / want.square().mean(0).sqrt()).square().mean().sqrt())
 
 
+Run = Callable[[nn.Module, Tensors], Tensors]
+
+
 def assert_as_exact_as_eager(
     site: Site,
     case: Case,
-    run: Callable[[nn.Module, Tensors, bool], Tensors] | None = None,
+    *,
     change: Callable[[nn.Module], None] | None = None,
+    run: Run | None = None,
+    yardstick: Run | None = None,
 ) -> None:
-    """The gate. `run` replaces the op; `change` alters the layer once."""
+    """The gate. `change` alters the layer; `run` stands in for the op, `yardstick` for the eager modules."""
     layer = decoder_layer(case.sizes, case.dtype, case.family, **case.config)
     if change is not None:
         change(layer)
@@ -78,59 +83,71 @@ def assert_as_exact_as_eager(
     for _ in range(case.launches):
         redraw(layer)
         inputs = site.inputs(layer, case.batch, case.seq)
-        want = site.eager(exact(layer), *(t.double() for t in inputs))
-        eager = site.eager(layer, *inputs)
+        exact = site.eager(reference(layer), *(t.double() for t in inputs))
+        eager = yardstick(layer, inputs) if yardstick else site.eager(layer, *inputs)
         with poisoned(), force_strategy(case.strategy) if case.strategy else nullcontext():
-            draws.append(((run or site.run)(layer, inputs, case.high), eager, want))
-    # outputs[i] is an output's draws by the op, by eager and exactly
-    outputs = [[torch.cat(drawn) for drawn in zip(*draw)] for draw in zip(*(zip(*draw) for draw in draws))]
-    floor = 0.0
-    if case.dtype == torch.float32:
-        # Summation order alone moves a ratio between 0.45 and 2.2.
-        floor = torch.finfo(torch.float32).eps * max(case.sizes.hidden, case.sizes.intermediate) ** 0.5
-    for index, (got, eager, want) in enumerate(outputs):
-        assert got.shape == eager.shape
-        assert got.dtype == eager.dtype
+            got = run(layer, inputs) if run else site.run(layer, inputs, case.high)
+        draws.append((got, eager, exact))
+    # Summation order alone moves a single f32 ratio between 0.45 and 2.2.
+    longest = max(case.sizes.hidden, case.sizes.intermediate, case.sizes.heads * case.sizes.head_dim)
+    floor = torch.finfo(torch.float32).eps * longest**0.5 if case.dtype == torch.float32 else 0.0
+    # by output and by who computed it, the draws
+    for index, computed in enumerate(zip(*(zip(*draw, strict=True) for draw in draws))):
+        got, eager, exact = (torch.cat(drawn) for drawn in zip(*computed))
+        assert (got.shape, got.dtype) == (eager.shape, eager.dtype)
         assert eager.isfinite().all(), "the gate would judge nothing"
         assert got.isfinite().all(), f"output {index} has elements that no kernel wrote, or overflows"
-        ours, theirs = rms_error(got, want), rms_error(eager, want)
-        assert ours <= max(MARGIN * theirs, floor), f"output {index}: error {ours:.3e}, eager's {theirs:.3e}"
+        ours, theirs = rms_error(got, exact), rms_error(eager, exact)
+        assert ours <= max(FACTOR * theirs, floor), f"output {index}: error {ours:.3e}, eager's {theirs:.3e}"
 
 
-def _small_cases() -> Iterator[Case]:
-    steps: list[tuple[int, int, Strategy]] = [
-        (1, 1, "rows"), (2, 1, "rows"), (1, 3, "rows"), (2, 2, "rows"),
-        (1, 1, "skinny"), (1, 7, "skinny"), (4, 4, "skinny"), (1, 17, "skinny"),
-        (1, 1, "library"), (2, 64, "library"),
-    ]  # fmt: skip
-    for dtype in DTYPES:
-        for high in (False, True):
-            yield from (Case(*step, dtype, high) for step in steps)
+def assert_keeps_f32(site: Site, case: Case) -> None:
+    """"high" rounds no more often than the reference, which keeps f32 through the region."""
+
+    def in_f32(layer: nn.Module, inputs: Tensors) -> Tensors:
+        return as_tuple(site.op.reference(*site.named(layer, inputs, high=True).values()))
+
+    assert_as_exact_as_eager(site, case, yardstick=in_f32)
+
+
+STEPS: list[tuple[int, int, Strategy]] = [
+    (1, 1, "rows"), (2, 1, "rows"), (1, 3, "rows"), (2, 2, "rows"),
+    (1, 1, "skinny"), (1, 7, "skinny"), (4, 4, "skinny"), (1, 17, "skinny"),
+    (1, 1, "library"), (5, 13, "library"),
+]  # fmt: skip
+"""Batch, sequence, strategy: each number of rows that the kernels tell apart."""
+FORM_STEPS: list[tuple[int, int, Strategy]] = [(2, 2, "rows"), (1, 7, "skinny"), (2, 4, "library")]
+"""Enough to see that a form of the span is right."""
+
+
+def small_cases() -> Iterator[Case]:
+    f16, f32 = DTYPES
+    yield from (Case(*step, f16) for step in STEPS)
+    yield from (Case(*step, f16, high=True) for step in STEPS[::2] + STEPS[-1:])
+    yield from (Case(*step, f32) for step in STEPS[:-1])
+    yield from (Case(*step, f32, high=True) for step in FORM_STEPS)
+    yield Case(2, 64, "library", f16)
     # Head sizes that are no power of two; and enough of K for two steps of every kernel's loop.
     for sizes in (Sizes(40, 136, 4, 1, 24), Sizes(96, 104, 3, 3, 32), Sizes(1100, 1030, 2, 1, 16)):
-        yield from (Case(*step, torch.float16, sizes=sizes) for step in ((2, 2, "rows"), (1, 7, "skinny")))
+        yield from (Case(*step, f16, sizes=sizes) for step in ((2, 2, "rows"), (1, 7, "skinny")))
 
 
-def _real_cases() -> Iterator[Case]:
+def real_cases() -> Iterator[Case]:
     """The sizes of Qwen3-0.6B, Qwen3-4B, Qwen2.5-0.5B and a layer with heads of 96; the op chooses the strategy."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    for rows in (1, 2, 7, 16, 17, 128):
-        yield Case(rows, 1, None, bf16, sizes=QWEN3)
-    few, prompt = ((1, 1), (17, 1), (2, 64)), ((1, 1), (1, 17), (1, 128))
+    yield from (Case(rows, 1, None, bf16, sizes=QWEN3) for rows in (1, 2, 7, 16, 17, 128))
     for dtype, high, sizes, family, steps in (
-        (f16, False, QWEN3, "qwen3", prompt),
-        (f32, False, QWEN3, "qwen3", few),
-        (bf16, True, QWEN3, "qwen3", few),
-        (bf16, False, Sizes(2560, 9728, 32, 8, 128), "qwen3", few),
-        (bf16, False, Sizes(896, 4864, 14, 2, 64), "qwen2", prompt),
-        (f16, True, Sizes(1152, 4864, 12, 4, 96), "llama", few),
+        (f16, False, QWEN3, "qwen3", ((1, 1), (1, 17), (1, 128))),
+        (f32, False, QWEN3, "qwen3", ((1, 1), (17, 1), (2, 64))),
+        (bf16, True, QWEN3, "qwen3", ((1, 1), (17, 1), (2, 64))),
+        (bf16, False, Sizes(2560, 9728, 32, 8, 128), "qwen3", ((1, 1), (16, 1), (2, 64))),
+        (bf16, False, Sizes(896, 4864, 14, 2, 64), "qwen2", ((1, 1), (1, 7), (1, 128))),
+        (f16, True, Sizes(1152, 4864, 12, 4, 96), "llama", ((2, 1), (1, 17), (1, 128))),
     ):
         yield from (Case(*step, None, dtype, high, sizes, family) for step in steps)
 
 
-CASES = [*_small_cases(), *(pytest.param(case, marks=pytest.mark.gpu) for case in _real_cases())]
-"""Every strategy and both precisions; with a GPU, real sizes."""
-
-
-def case_id(case: Case) -> str:
-    return str(case)
+CASES = [*small_cases(), *(pytest.param(case, marks=pytest.mark.gpu) for case in real_cases())]
+"""Every strategy, both precisions; on a GPU, real sizes."""
+HIGH_CASES = [Case(*step, torch.float16, high=True) for step in FORM_STEPS]
+FORM_CASES = [Case(*step, torch.float16) for step in FORM_STEPS]

@@ -4,12 +4,10 @@ A layer of `transformers` is built alone, in any size, and its parameters are dr
 says what eager computes in the span and which arguments the op gets for it.
 """
 
-import copy
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,19 +93,6 @@ def activations(layer: nn.Module, *shape: int) -> Tensor:
     x = torch.randn(shape, device=DEVICE)
     x[..., torch.randperm(shape[-1])[:3]] *= 100
     return x.to(layer.mlp.down_proj.weight.dtype)
-
-
-def _exact_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm.weight * (x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt())
-
-
-def exact(layer: nn.Module) -> nn.Module:
-    """The layer in f64. Hugging Face's RMSNorm computes in f32 whatever its input, so it needs a forward of its own."""
-    layer = copy.deepcopy(layer).double()
-    for module in layer.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_exact_norm, module)
-    return layer
 
 
 @dataclass(frozen=True)

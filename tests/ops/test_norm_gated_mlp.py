@@ -1,9 +1,72 @@
-import pytest
+from dataclasses import replace
+from typing import Any
 
-from tests.ops.gate import CASES, Case, assert_as_exact_as_eager
-from tests.ops.sites import SITES
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ops.gate import CASES, FORM_CASES, HIGH_CASES, Case, assert_as_exact_as_eager, assert_keeps_f32
+from tests.ops.sites import OPS, SITES, Tensors, sample
+
+SITE = SITES["norm_gated_mlp"]
+LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_eager(case):
-    assert_as_exact_as_eager(SITES["norm_gated_mlp"], case)
+def test_as_exact_as_eager(case: Case) -> None:
+    assert_as_exact_as_eager(SITE, case)
+
+
+@pytest.mark.parametrize("case", HIGH_CASES, ids=str)
+def test_high_keeps_f32(case: Case) -> None:
+    assert_keeps_f32(SITE, case)
+
+
+@pytest.mark.parametrize("high", [False, True], ids=["match", "high"])
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+def test_gelu_is_as_exact_as_eager(case: Case, high: bool) -> None:
+    assert_as_exact_as_eager(SITE, replace(case, high=high, config={"hidden_act": "gelu_pytorch_tanh"}))
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("biased", [LINEARS, LINEARS[:1], LINEARS[1:2], LINEARS[2:]], ids="+".join)
+def test_with_biases_as_exact_as_eager(case: Case, biased: tuple[str, ...]) -> None:
+    """Llama's MLP may have a bias in every linear; here also in one alone."""
+
+    def keep(layer: nn.Module) -> None:
+        for name in LINEARS:
+            if name not in biased:
+                getattr(layer.mlp, name).bias = None
+
+    assert_as_exact_as_eager(SITE, replace(case, family="llama", config={"mlp_bias": True}), change=keep)
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("without", ["norm_weight", "residual", "both"])
+def test_without_norm_or_residual_as_exact_as_eager(case: Case, without: str) -> None:
+    absent = {"norm_weight", "residual"} if without == "both" else {without}
+
+    def eager(layer: nn.Module, x: Tensor) -> Tensors:
+        y = layer.mlp(x if "norm_weight" in absent else layer.post_attention_layernorm(x))
+        return (y if "residual" in absent else x + y,)
+
+    def arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+        named = SITE.named(layer, (x,)) | dict.fromkeys(absent)
+        return tuple(named.values())[:-1]  # the last is `high`
+
+    # Without its norm the MLP multiplies outliers with each other: that is for f32, not for f16.
+    assert_as_exact_as_eager(replace(SITE, eager=eager, arguments=arguments), replace(case, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("high", [False, True], ids=["match", "high"])
+def test_an_activation_far_from_zero_is_finite(activation: str, high: bool) -> None:
+    """exp overflows there, and must do so towards the activation's limit."""
+    arguments = sample("norm_gated_mlp", 1, 2, optional=False)
+    for x in (-1000.0, 1000.0):
+        changed = {"x": torch.full_like(arguments["x"], x), "gate": torch.eye(*arguments["gate"].shape).to(arguments["x"])}
+        changed |= {"up": arguments["up"] / 1000, "activation": activation, "high": high}
+        got, want = (
+            run(*(arguments | changed).values()) for run in (OPS["norm_gated_mlp"].overload, OPS["norm_gated_mlp"].reference)
+        )
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

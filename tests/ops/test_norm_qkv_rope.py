@@ -1,9 +1,105 @@
-import pytest
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from tests.ops.gate import CASES, Case, assert_as_exact_as_eager
-from tests.ops.sites import SITES
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusepass.ops.library import Strategy
+from tests.ops.gate import CASES, FORM_CASES, HIGH_CASES, Case, assert_as_exact_as_eager, assert_keeps_f32, rms_error
+from tests.ops.sites import SITES, Sizes, Tensors, sample
+from tests.ops.test_contract import every_strategy, launch, reference
+
+SITE = SITES["norm_qkv_rope"]
+LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_eager(case):
-    assert_as_exact_as_eager(SITES["norm_qkv_rope"], case)
+def test_as_exact_as_eager(case: Case) -> None:
+    assert_as_exact_as_eager(SITE, case)
+
+
+@pytest.mark.parametrize("case", HIGH_CASES, ids=str)
+def test_high_keeps_f32(case: Case) -> None:
+    assert_keeps_f32(SITE, case)
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_without_head_norms_as_exact_as_eager(case: Case, family: str) -> None:
+    """Qwen2 has biases instead, Llama has neither."""
+    assert_as_exact_as_eager(SITE, replace(case, family=family))
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("biased", [LINEARS, LINEARS[:1], LINEARS[1:2], LINEARS[2:], LINEARS[::2]], ids="+".join)
+def test_with_biases_as_exact_as_eager(case: Case, family: str, biased: tuple[str, ...]) -> None:
+    def keep(layer: nn.Module) -> None:
+        for name in LINEARS:
+            if name not in biased:
+                getattr(layer.self_attn, name).bias = None
+
+    assert_as_exact_as_eager(SITE, replace(case, family=family, config={"attention_bias": True}), change=keep)
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("absent", ["q_norm", "k_norm"])
+def test_one_head_norm_alone_is_as_exact_as_eager(case: Case, absent: str) -> None:
+    def remove(layer: nn.Module) -> None:
+        setattr(layer.self_attn, absent, nn.Identity())
+
+    def arguments(layer: nn.Module, *inputs: Tensor) -> tuple[Any, ...]:
+        norm = getattr(layer.self_attn, absent)
+        norm.weight, norm.variance_epsilon = None, 0.0
+        return SITE.arguments(layer, *inputs)
+
+    assert_as_exact_as_eager(replace(SITE, arguments=arguments), case, change=remove)
+
+
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+def test_without_the_first_norm_as_exact_as_eager(case: Case) -> None:
+    def eager(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
+        layer.self_attn(x, position_embeddings=(cos, sin), attention_mask=None)
+        return layer.self_attn.captured
+
+    def arguments(layer: nn.Module, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple((SITE.named(layer, inputs) | {"norm_weight": None}).values())[:-1]  # the last is `high`
+
+    assert_as_exact_as_eager(replace(SITE, eager=eager, arguments=arguments), case)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 2), (5, 5, 6), (8, 1, 40)])
+def test_any_heads_are_as_exact_as_eager(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Head sizes and counts that fill no block."""
+    sizes = Sizes(48, 72, heads, kv_heads, head_dim)
+    assert_as_exact_as_eager(SITE, Case(2, 2, "rows", torch.float16, sizes=sizes))
+
+
+TABLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of each sequence": lambda t: t,
+    "of the first sequence": lambda t: t[:1],
+    "of one token": lambda t: t[:1, :, :1],
+    "of one token of each sequence": lambda t: t[:, :, :1],
+    "expanded over the batch": lambda t: t[:1].expand_as(t),
+    "expanded over the tokens": lambda t: t[:, :, :1].expand_as(t),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "every second element": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "tokens first": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "within a longer table": lambda t: torch.cat((t, t), 2)[:, :, 1 : 1 + t.shape[2]],
+}
+"""Of [batch, 1, seq, head_dim]: the shapes and strides that models give cos and sin."""
+
+
+@every_strategy
+@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("names", [("cos", "sin"), ("sin",)], ids="+".join)
+def test_rotary_tables_may_have_any_form(
+    batch: int, seq: int, strategy: Strategy, form: str, names: tuple[str, ...]
+) -> None:
+    """Both tables, or one unlike the other."""
+    arguments = sample("norm_qkv_rope", batch, seq)
+    arguments |= {name: TABLES[form](arguments[name]) for name in names}
+    for got, want in zip(launch("norm_qkv_rope", arguments, strategy), reference("norm_qkv_rope", arguments)):
+        assert rms_error(got, want.double()) < 5e-3
