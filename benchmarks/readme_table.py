@@ -18,10 +18,11 @@ def row(result: dict) -> str:
     share = max(row["percent_of_ideal"] for name, row in result["rows"].items() if name.startswith("fusepass"))
 
     def cell(name: str) -> str:
-        return f"{speed[name]:,.0f}" if name in speed else "–"
+        return f"{speed[name]:,.0f}" if name in speed else "-"
 
     cells = [cell(n) for n in ("eager", "inductor", "inductor reduce-overhead", "inductor max-autotune")]
-    return f"| {result['model']}, batch {result['batch']} | {' | '.join(cells)} | **{ours:,.0f}** | {ours / best:.2f}x | {share:.0f} % |"
+    cells += [f"**{ours:,.0f}**", f"{ours / best:.2f}x", f"{share:.0f} %"]
+    return f"| {result['model']}, batch {result['batch']} | {' | '.join(cells)} |"
 
 
 def section() -> str:
@@ -33,10 +34,11 @@ def section() -> str:
             continue
         one = results[0]
         parts.append(
-            f"Decode, tokens per second: one step of the whole Hugging Face model, embedding to logits, bf16, random weights, "
-            f"static cache of {one['cache']}, context {one['context']}. {one['gpu']}, torch {one['torch']}, Triton {one['triton']}, "
-            f"transformers {one['transformers']}, commit {one['commit']}; all columns in one process, interleaved. "
-            "The ideal reads every weight and the used keys and values once, at the bandwidth measured in the same run.\n\n"
+            "Decode, tokens per second: one step of the whole Hugging Face model, embedding to logits, bf16, random "
+            f"weights, static cache of {one['cache']}, context {one['context']}. {one['gpu']}, torch {one['torch']}, "
+            f"Triton {one['triton']}, transformers {one['transformers']}, commit {one['commit']}; all columns in one "
+            "process, interleaved. The ideal reads every weight and the used keys and values once, at the bandwidth "
+            "measured in the same run.\n\n"
             "| | eager | Inductor | reduce-overhead | max-autotune | fusepass | over Inductor's best | of the ideal |\n"
             "|---|---|---|---|---|---|---|---|\n" + "\n".join(map(row, results))
         )

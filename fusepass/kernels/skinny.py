@@ -6,10 +6,12 @@ on the N side, where 16 is the smallest tile, and every weight is read once what
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusepass import tuning
 from fusepass.kernels.common import begin, stored
 from fusepass.kernels.common import gated as gated_value
 from fusepass.kernels.launch import cdiv, interpreted, interpreter_block_n, is_hip, next_power_of_2, pdl_options, run
@@ -98,12 +100,15 @@ def gated_skinny_kernel(
     )
 
 
-def _config(m: int, n: int, element_size: int) -> dict[str, int]:
-    """Block sizes, warps and stages. Small N tiles: Qwen3-0.6B's o_proj has 1024 features for 132 multiprocessors."""
+def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes, warps and stages: measured ones if there are, else safe ones. Small N tiles: Qwen3-0.6B's o_proj
+    has 1024 features for 132 multiprocessors."""
     block_m = max(16, next_power_of_2(m))
+    if measured := tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype):
+        return {"BLOCK_M": block_m, **measured}
     if interpreted():
         return {"BLOCK_M": block_m, "BLOCK_N": interpreter_block_n(n), "BLOCK_K": 256, "num_warps": 1, "num_stages": 1}
-    wide = element_size == 4  # f32 tiles are twice as large and spill at 64 x 64 x 64
+    wide = dtype == torch.float32  # f32 tiles are twice as large and spill at 64 x 64 x 64
     block_n = 16 if n < 4096 or (wide and block_m == 64) else 64
     block_k = 64 if wide else 256 if block_n == 16 else 128
     stages = 2 if is_hip() else 3
@@ -122,7 +127,7 @@ def linears(
     m, k = x.shape
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
-    config = _config(m, sum(sizes), x.element_size())
+    config = _config("linears", m, sum(sizes), k, x.dtype)
     grid = (sum(cdiv(n, config["BLOCK_N"]) for n in sizes),)
     run(
         linear_skinny_kernel, grid,
@@ -145,7 +150,7 @@ def gated(
     """Launch `gated_skinny_kernel`. x: [M, K], M <= 64; gate, up: [N, K]; out: [M, N]; biases both or none."""
     m, k = x.shape
     n = gate.shape[0]
-    config = _config(m, n, x.element_size())
+    config = _config("gated", m, n, k, x.dtype)
     run(
         gated_skinny_kernel, (cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m,

@@ -1,4 +1,4 @@
-"""Measure launch configs of the row-vector kernels on this GPU and keep the best.
+"""Measure launch configs of the row-vector and skinny kernels on this GPU and keep the best.
 
     python -m fusepass.tuning.tune --model Qwen/Qwen3-0.6B      # writes this user's table
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fusepass import tuning
+from fusepass.ops.library import ROWS_LIMIT
 from fusepass.tuning import Config
 
 
@@ -32,8 +33,14 @@ class Problem(NamedTuple):
     residual: bool
     norm: bool
 
+    @property
+    def skinny(self) -> bool:
+        """Whether the tensor-core kernels run it: then `m` is the rows rounded up to a tile, 16, 32 or 64."""
+        return self.m > ROWS_LIMIT
+
     def key(self) -> str:
-        return tuning.key(self.kernel, self.m, sum(self.sizes), self.k, torch.bfloat16)
+        kernel = f"skinny {self.kernel}" if self.skinny else self.kernel
+        return tuning.key(kernel, self.m, sum(self.sizes), self.k, torch.bfloat16)
 
 
 def problems(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, m: int) -> list[Problem]:
@@ -48,8 +55,14 @@ def problems(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
-    """Block sizes that give a thread 16 to 128 weights of each row to hold."""
+    """Rows: blocks that give a thread 16 to 128 weights of each row to hold. Skinny: tiles that fit shared memory."""
     matrices = 2 if problem.kernel == "gated" else 1
+    if problem.skinny:
+        for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
+            shared = (n * matrices + problem.m) * k * 2 * stages
+            if 48 << 10 <= shared <= 200 << 10 and n * problem.m <= 8192 // matrices:
+                yield {"BLOCK_M": problem.m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        return
     top = 1 << (problem.k - 1).bit_length()
     for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
         held = n * k * matrices * problem.m / (32 * warps)
@@ -59,7 +72,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 def launches(problem: Problem, copies: int) -> list[Callable[[], None]]:
     """One launch for each of `copies` distinct sets of weights."""
-    from fusepass.kernels import gemv
+    from fusepass.kernels import gemv, skinny
 
     def new(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
@@ -72,8 +85,12 @@ def launches(problem: Problem, copies: int) -> list[Callable[[], None]]:
     def one() -> Callable[[], None]:
         if problem.kernel == "gated":
             gate, up = new(problem.sizes[0], problem.k), new(problem.sizes[0], problem.k)
+            if problem.skinny:
+                return lambda: skinny.gated(x, gate, up, None, None, outs[0], "silu", False)
             return lambda: gemv.gated(x, norm, 1e-6, gate, up, None, None, outs[0], "silu", False, True)
         weights = [new(n, problem.k) for n in problem.sizes]
+        if problem.skinny:
+            return lambda: skinny.linears(x, weights, none, outs, residual, False)
         return lambda: gemv.linears(x, norm, 1e-6, weights, none, outs, residual, False, True)
 
     return [one() for _ in range(copies)]
@@ -131,7 +148,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", required=True, help="hub names, folders or config.json files")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="activation rows to tune for, 1 to 4")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="activation rows: 1 to 4, 16, 32, 64")
     parser.add_argument("--processes", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="table to write; default: this user's table")
     args = parser.parse_args()
