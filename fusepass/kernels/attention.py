@@ -1,4 +1,4 @@
-"""Grouped-query attention of few queries over a long cache: K and V are read once, and only where the mask lets through.
+"""Grouped-query attention of few queries over a long cache: K and V are read once, and only where the mask shows them.
 
 The query heads that share a K/V head are the rows of one tensor-core tile. The cache is split among programs, whose
 partial results a second kernel combines (https://pytorch.org/blog/flash-decoding/): measured on an H200, a combine by
@@ -97,12 +97,14 @@ def attention_kernel(
                 row_ptr, mask_stride_t, length, split, splits, count, _VERY_LOW, BLOCK, SCAN
             )
             if mask_ptr.dtype.element_ty != tl.int1:
-                # Finite values that hide decide nothing beside one that does not; among themselves they do.
+                # Low finite values count for nothing beside a higher one; among themselves they decide.
+                others = row_last
                 if row_last < 0:
-                    if _any_visible(row_ptr, mask_stride_t, length, BLOCK * SCAN) == 0:
-                        row_first, row_last = _visible_blocks(
-                            row_ptr, mask_stride_t, length, split, splits, count, float("-inf"), BLOCK, SCAN
-                        )
+                    others = _any_visible(row_ptr, mask_stride_t, length, BLOCK * SCAN) - 1
+                if others < 0:
+                    row_first, row_last = _visible_blocks(
+                        row_ptr, mask_stride_t, length, split, splits, count, float("-inf"), BLOCK, SCAN
+                    )
             first = tl.minimum(first, row_first)
             last = tl.maximum(last, row_last)
         # One row, if all rows have the same mask: it is broadcast over the tile.
@@ -124,7 +126,7 @@ def attention_kernel(
         loaded = inside[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + t[:, None] * k_stride_t + d[None, :], loaded, other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_stride_t + d[None, :], loaded, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale.to(tl.float32)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if mask_ptr is not None:
             read = mask_rows[:, None] & inside[None, :]
             score += _bias(mask_ptr, mask_offsets[:, None] + t[None, :] * mask_stride_t, read)
@@ -214,7 +216,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     splits = min(blocks, max(1, _programs(q.device) // (batch * kv_heads)))
     # The mask of a split is looked through 2048 positions at a time.
     scan = min(triton.next_power_of_2(triton.cdiv(blocks, splits)), 2048 // block)
-    mask_strides, mask_rows = (0, 0, 0, 0), 1
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    mask_rows = 1
     if mask is not None:
         expanded = mask.expand(batch, q_heads, seq, length)
         mask_strides = expanded.stride()

@@ -110,7 +110,10 @@ def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     biases = [empty(size) if model.qkv_bias else None for size in (q_size, kv_size, kv_size)]
     head_norm = (empty(head_dim) if model.qk_norm else None, eps)
     table = empty(case.batch, 1, case.seq, head_dim)
+    cache = empty(case.batch, model.kv_heads, 1024, head_dim)
+    visible = torch.empty(case.batch, 1, case.seq, 1024, dtype=torch.bool, device="meta")
     return {
+        "attention": (empty(case.batch, case.seq, model.heads, head_dim).transpose(1, 2), cache, cache, visible, 1.0),
         "rms_norm": (x, norm, eps, high),
         "norm_qkv_rope": (
             x, norm, eps, empty(q_size, hidden), empty(kv_size, hidden), empty(kv_size, hidden), *biases,

@@ -102,7 +102,8 @@ def assert_as_exact_as_eager(
 
 
 def assert_keeps_f32(site: Site, case: Case) -> None:
-    """"high" rounds no more often than the reference, which keeps f32 through the region."""
+    """In the op's own kernels "high" rounds no more often than the reference, which keeps f32 through the region. (A
+    library GEMM returns its products rounded: there "high" passes the gate and promises no more.)"""
 
     def in_f32(layer: nn.Module, inputs: Tensors) -> Tensors:
         return as_tuple(site.op.reference(*site.named(layer, inputs, high=True).values()))
@@ -149,5 +150,5 @@ def real_cases() -> Iterator[Case]:
 
 CASES = [*small_cases(), *(pytest.param(case, marks=pytest.mark.gpu) for case in real_cases())]
 """Every strategy, both precisions; on a GPU, real sizes."""
-HIGH_CASES = [Case(*step, torch.float16, high=True) for step in FORM_STEPS]
+HIGH_CASES = [Case(*step, torch.float16, high=True) for step in FORM_STEPS if step[2] != "library"]
 FORM_CASES = [Case(*step, torch.float16) for step in FORM_STEPS]

@@ -43,7 +43,9 @@ QWEN3 = Sizes(1024, 3072, 16, 8, 128)
 """Qwen3-0.6B."""
 
 
-def _capture(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+def _capture(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
     """An attention function that keeps what attention would have read."""
     attention.captured = (query, key, value)
     return query.transpose(1, 2), None

@@ -58,15 +58,24 @@ def test_without_norm_or_residual_as_exact_as_eager(case: Case, without: str) ->
     assert_as_exact_as_eager(replace(SITE, eager=eager, arguments=arguments), replace(case, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+def test_the_norm_adds_eps(case: Case) -> None:
+    assert_as_exact_as_eager(SITE, replace(case, config={"rms_norm_eps": 300.0}))
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("high", [False, True], ids=["match", "high"])
 def test_an_activation_far_from_zero_is_finite(activation: str, high: bool) -> None:
     """exp overflows there, and must do so towards the activation's limit."""
     arguments = sample("norm_gated_mlp", 1, 2, optional=False)
     for x in (-1000.0, 1000.0):
-        changed = {"x": torch.full_like(arguments["x"], x), "gate": torch.eye(*arguments["gate"].shape).to(arguments["x"])}
+        changed = {
+            "x": torch.full_like(arguments["x"], x),
+            "gate": torch.eye(*arguments["gate"].shape).to(arguments["x"]),
+        }
         changed |= {"up": arguments["up"] / 1000, "activation": activation, "high": high}
         got, want = (
-            run(*(arguments | changed).values()) for run in (OPS["norm_gated_mlp"].overload, OPS["norm_gated_mlp"].reference)
+            run(*(arguments | changed).values())
+            for run in (OPS["norm_gated_mlp"].overload, OPS["norm_gated_mlp"].reference)
         )
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

@@ -77,6 +77,18 @@ def test_any_heads_are_as_exact_as_eager(heads: int, kv_heads: int, head_dim: in
     assert_as_exact_as_eager(SITE, Case(2, 2, "rows", torch.float16, sizes=sizes))
 
 
+@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+def test_each_norm_has_its_own_eps(case: Case) -> None:
+    """As large as the mean squares that they are added to."""
+
+    def set_eps(layer: nn.Module) -> None:
+        layer.input_layernorm.variance_epsilon = 300.0
+        layer.self_attn.q_norm.variance_epsilon = 0.5
+        layer.self_attn.k_norm.variance_epsilon = 2.0
+
+    assert_as_exact_as_eager(SITE, case, change=set_eps)
+
+
 TABLES: dict[str, Callable[[Tensor], Tensor]] = {
     "of each sequence": lambda t: t,
     "of the first sequence": lambda t: t[:1],
@@ -98,8 +110,9 @@ TABLES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_rotary_tables_may_have_any_form(
     batch: int, seq: int, strategy: Strategy, form: str, names: tuple[str, ...]
 ) -> None:
-    """Both tables, or one unlike the other."""
+    """Both tables, or one unlike the other. Their halves differ, as in no model."""
     arguments = sample("norm_qkv_rope", batch, seq)
+    arguments |= {name: torch.randn_like(arguments[name]) for name in ("cos", "sin")}
     arguments |= {name: TABLES[form](arguments[name]) for name in names}
     for got, want in zip(launch("norm_qkv_rope", arguments, strategy), reference("norm_qkv_rope", arguments)):
         assert rms_error(got, want.double()) < 5e-3
