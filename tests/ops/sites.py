@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusepass.ops import OPS, Op
 
@@ -90,10 +91,10 @@ def redraw(layer: nn.Module) -> None:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
 
 
-def activations(layer: nn.Module, *shape: int) -> Tensor:
-    """Normal activations, three channels of them a hundred times as large."""
+def activations(layer: nn.Module, *shape: int, outliers: int = 3) -> Tensor:
+    """Normal activations, some channels of them a hundred times as large."""
     x = torch.randn(shape, device=DEVICE)
-    x[..., torch.randperm(shape[-1])[:3]] *= 100
+    x[..., torch.randperm(shape[-1])[:outliers]] *= 100
     return x.to(layer.mlp.down_proj.weight.dtype)
 
 
@@ -108,12 +109,13 @@ class Site:
 
     def run(self, layer: nn.Module, inputs: Tensors, high: bool) -> Tensors:
         """What the op returns in place of the span."""
-        return as_tuple(self.op.overload(*self.arguments(layer, *inputs), high))
+        return as_tuple(self.op.overload(*self.named(layer, inputs, high).values()))
 
     def named(self, layer: nn.Module, inputs: Tensors, high: bool = False) -> dict[str, Any]:
         """The op's arguments by name, those with a default left out."""
         names = inspect.signature(self.op.reference).parameters
-        return dict(zip(names, (*self.arguments(layer, *inputs), high)))
+        settings = (high,) if "high" in names else ()
+        return dict(zip(names, (*self.arguments(layer, *inputs), *settings)))
 
 
 def sample(name: str, batch: int, seq: int, *, optional: bool = True, sizes: Sizes = SMALL) -> dict[str, Any]:
@@ -191,6 +193,28 @@ def _attention_arguments(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) 
     return *_norm_arguments(layer, x), *weights, *biases, *head_norms[0], *head_norms[1], *tables, attention.head_dim
 
 
+def _cache(layer: nn.Module, batch: int, seq: int) -> Tensors:
+    """The last tokens' queries, a cache longer than one block, a mask that hides some of it, no two rows alike."""
+    queries, length, attention = min(seq, 3), seq + 70, layer.self_attn
+    heads, groups, size = attention.config.num_attention_heads, attention.num_key_value_groups, attention.head_dim
+    q = activations(layer, batch, heads, queries, size, outliers=0) * 3
+    k = activations(layer, batch, heads // groups, length, size, outliers=0)
+    v = activations(layer, batch, heads // groups, length, size)
+    mask = torch.zeros(batch, 1, queries, length, device=DEVICE, dtype=q.dtype)
+    mask.masked_fill_(torch.rand(mask.shape, device=DEVICE) < 0.3, torch.finfo(q.dtype).min)
+    return q, k, v, mask
+
+
+def _attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensors:
+    attention = layer.self_attn
+    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](attention, q, k, v, mask, scaling=attention.scaling)
+    return (output.transpose(1, 2),)  # in transformers the heads come after the tokens
+
+
+def _attend_arguments(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    return q, k, v, mask, layer.self_attn.scaling
+
+
 SITES = {
     "rms_norm": Site(OPS["rms_norm"], _hidden, _norm, _norm_arguments),
     "linear_residual": Site(
@@ -198,4 +222,5 @@ SITES = {
     ),
     "norm_gated_mlp": Site(OPS["norm_gated_mlp"], _hidden, _mlp, _mlp_arguments),
     "norm_qkv_rope": Site(OPS["norm_qkv_rope"], _tokens, _attention, _attention_arguments),
+    "attention": Site(OPS["attention"], _cache, _attend, _attend_arguments),
 }

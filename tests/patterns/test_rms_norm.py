@@ -6,49 +6,49 @@ from torch import Tensor, nn
 
 from tests.patterns.toys import HIDDEN, SEQ, Norm, Spelling, all_fused, hidden, refusal, run
 
-SPELLINGS: list[tuple[str, str, Spelling]] = [
-    ("widen", "float()", lambda x: x.float()),
-    ("widen", "type", lambda x: x.type(torch.float32)),
-    ("widen", "to(dtype=)", lambda x: x.to(dtype=torch.float32)),
-    ("widen", "to(device, dtype)", lambda x: x.to(x.device, torch.float32)),
-    ("widen", "none", lambda x: x),
-    ("square", "pow(2.0)", lambda h: h.pow(2.0)),
-    ("square", "pow(exponent=)", lambda h: h.pow(exponent=2)),
-    ("square", "torch.pow", lambda h: torch.pow(h, 2)),
-    ("square", "**", lambda h: h**2),
-    ("square", "square()", lambda h: h.square()),
-    ("square", "torch.square", lambda h: torch.square(h)),
-    ("square", "h * h", lambda h: h * h),
-    ("square", "torch.mul", lambda h: torch.mul(h, h)),
-    ("mean", "dim=", lambda s: s.mean(dim=-1, keepdim=True)),
-    ("mean", "positional", lambda s: s.mean(-1, True)),
-    ("mean", "list", lambda s: s.mean([-1], keepdim=True)),
-    ("mean", "tuple", lambda s: s.mean((-1,), keepdim=True)),
-    ("mean", "dim counted from the front", lambda s: s.mean(2, keepdim=True)),
-    ("mean", "torch.mean", lambda s: torch.mean(s, dim=-1, keepdim=True)),
-    ("shift", "eps + m", lambda m, eps: eps + m),
-    ("shift", "add()", lambda m, eps: m.add(eps)),
-    ("shift", "torch.add", lambda m, eps: torch.add(m, eps)),
-    ("rsqrt", "rsqrt()", lambda v: v.rsqrt()),
-    ("rsqrt", "pow(-0.5)", lambda v: v.pow(-0.5)),
-    ("rsqrt", "torch.pow", lambda v: torch.pow(v, -0.5)),
-    ("rsqrt", "**", lambda v: v**-0.5),
-    ("scale", "r * h", lambda h, r: r * h),
-    ("scale", "mul()", lambda h, r: h.mul(r)),
-    ("scale", "torch.mul", lambda h, r: torch.mul(h, r)),
-    ("narrow", "type_as", lambda h, x: h.type_as(x)),
-    ("narrow", "none", lambda h, x: h),
-    ("weigh", "h * w", lambda w, h: h * w),
-    ("weigh", "mul()", lambda w, h: h.mul(w)),
-    ("weigh", "torch.multiply", lambda w, h: torch.multiply(w, h)),
-    ("weigh", "by keyword", lambda w, h: torch.mul(h, other=w)),
-    ("weigh", "1 + w", lambda w, h: h * (1.0 + w)),
-]
+SPELLINGS: dict[tuple[str, str], Spelling] = {
+    ("widen", "float()"): lambda x: x.float(),
+    ("widen", "type"): lambda x: x.type(torch.float32),
+    ("widen", "to(dtype=)"): lambda x: x.to(dtype=torch.float32),
+    ("widen", "to(device, dtype)"): lambda x: x.to(x.device, torch.float32),
+    ("widen", "none"): lambda x: x,
+    ("square", "pow(2.0)"): lambda h: h.pow(2.0),
+    ("square", "pow(exponent=)"): lambda h: h.pow(exponent=2),
+    ("square", "torch.pow"): lambda h: torch.pow(h, 2),
+    ("square", "**"): lambda h: h**2,
+    ("square", "square()"): lambda h: h.square(),
+    ("square", "torch.square"): lambda h: torch.square(h),
+    ("square", "h * h"): lambda h: h * h,
+    ("square", "torch.mul"): lambda h: torch.mul(h, h),
+    ("mean", "dim="): lambda s: s.mean(dim=-1, keepdim=True),
+    ("mean", "positional"): lambda s: s.mean(-1, True),
+    ("mean", "list"): lambda s: s.mean([-1], keepdim=True),
+    ("mean", "tuple"): lambda s: s.mean((-1,), keepdim=True),
+    ("mean", "dim counted from the front"): lambda s: s.mean(2, keepdim=True),
+    ("mean", "torch.mean"): lambda s: torch.mean(s, dim=-1, keepdim=True),
+    ("shift", "eps + m"): lambda m, eps: eps + m,
+    ("shift", "add()"): lambda m, eps: m.add(eps),
+    ("shift", "torch.add"): lambda m, eps: torch.add(m, eps),
+    ("rsqrt", "rsqrt()"): lambda v: v.rsqrt(),
+    ("rsqrt", "pow(-0.5)"): lambda v: v.pow(-0.5),
+    ("rsqrt", "torch.pow"): lambda v: torch.pow(v, -0.5),
+    ("rsqrt", "**"): lambda v: v**-0.5,
+    ("scale", "r * h"): lambda h, r: r * h,
+    ("scale", "mul()"): lambda h, r: h.mul(r),
+    ("scale", "torch.mul"): lambda h, r: torch.mul(h, r),
+    ("narrow", "type_as"): lambda h, x: h.type_as(x),
+    ("narrow", "none"): lambda h, x: h,
+    ("weigh", "h * w"): lambda w, h: h * w,
+    ("weigh", "mul()"): lambda w, h: h.mul(w),
+    ("weigh", "torch.multiply"): lambda w, h: torch.multiply(w, h),
+    ("weigh", "by keyword"): lambda w, h: torch.mul(h, other=w),
+    ("weigh", "1 + w"): lambda w, h: h * (1.0 + w),
+}
 
 
-@pytest.mark.parametrize(("step", "name", "spelling"), SPELLINGS, ids=[f"{step}: {name}" for step, name, _ in SPELLINGS])
-def test_every_spelling_of_a_step_is_fused(step: str, name: str, spelling: Spelling) -> None:
-    report, gm = run(Norm(**{step: spelling}), hidden())
+@pytest.mark.parametrize(("step", "name"), SPELLINGS)
+def test_every_spelling_of_a_step_is_fused(step: str, name: str) -> None:
+    report, gm = run(Norm(**{step: SPELLINGS[step, name]}), hidden())
     assert all_fused(report) == {"rms_norm": 1}
     assert "rsqrt" not in gm.code
     assert "pow" not in gm.code

@@ -6,7 +6,7 @@ Every size differs from every other, so that a mix-up cannot pass.
 import copy
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def tables(*shape: int) -> tuple[Tensor, Tensor]:
 class Norm(nn.Module):
     """Qwen3RMSNorm."""
 
-    STEPS: dict[str, Spelling] = {
+    STEPS: ClassVar[dict[str, Spelling]] = {
         "widen": lambda x: x.to(torch.float32),
         "square": lambda h: h.pow(2),
         "mean": lambda s: s.mean(-1, keepdim=True),
@@ -63,7 +63,7 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Qwen3MLP with the norm before it and the residual add after it."""
 
-    STEPS: dict[str, Spelling] = {
+    STEPS: ClassVar[dict[str, Spelling]] = {
         "act": lambda gate: F.silu(gate),
         "mul": lambda act, up: act * up,
         "add": lambda x, y: x + y,
@@ -98,7 +98,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, halves: Spelling = halves_of_slice
 class Attention(nn.Module):
     """Qwen3Attention as far as RoPE, with the norm before it."""
 
-    STEPS: dict[str, Spelling] = {
+    STEPS: ClassVar[dict[str, Spelling]] = {
         "view": lambda y, h: y.view(*h.shape[:-1], -1, HEAD_DIM),
         "turn": lambda y: y.transpose(1, 2),
         "rope": rope,
