@@ -82,8 +82,10 @@ class AttentionFusion(Fusion[AttentionMatch]):
         if dropout != 0 or causal is not False or not isinstance(gqa, bool):
             return None
         (k, k_nodes), (v, v_nodes) = find_repeat(key), find_repeat(val)
-        (heads, tokens, size), kv_heads = value(q).shape[1:], value(k).shape[1]
-        if not all(isinstance(n, int) for n in (heads, kv_heads, size)) or heads % kv_heads:
+        # Under dynamic=True a cache has as many heads as some symbol says, which Dynamo has long specialised.
+        heads, kv_heads, size = int(value(q).shape[1]), int(value(k).shape[1]), int(value(q).shape[3])
+        tokens = value(q).shape[2]
+        if heads % kv_heads:
             return None
         if isinstance(tokens, int) and tokens * (heads // kv_heads) > ops.attention.ROWS_LIMIT:
             return None

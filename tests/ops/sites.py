@@ -118,13 +118,15 @@ class Site:
         return dict(zip(names, (*self.arguments(layer, *inputs), *settings)))
 
 
-def sample(name: str, batch: int, seq: int, *, optional: bool = True, sizes: Sizes = SMALL) -> dict[str, Any]:
+def sample(
+    name: str, batch: int, seq: int, *, optional: bool = True, high: bool = False, sizes: Sizes = SMALL
+) -> dict[str, Any]:
     """Arguments of an op by name, with every optional one or with none."""
     site = SITES[name]
     family = "llama" if name == "norm_gated_mlp" else "qwen3"  # of the two, only Llama's MLP may have biases
     layer = decoder_layer(sizes, torch.float16, family, attention_bias=True, mlp_bias=True)
     redraw(layer)
-    arguments = site.named(layer, site.inputs(layer, batch, seq))
+    arguments = site.named(layer, site.inputs(layer, batch, seq), high)
     if not optional:
         empty = {a.name: None for a in site.op.overload._schema.arguments if isinstance(a.type, torch.OptionalType)}
         arguments |= empty

@@ -39,7 +39,7 @@ ACTIVATIONS = {"attention": ("q", "k", "v")}
 
 
 def laid_out(name: str, arguments: dict[str, Any], how: str) -> dict[str, Any]:
-    """The arguments with other strides in the activations ("expanded": other values too)."""
+    """The arguments with other strides in the activations ("expanded" means other values too)."""
     names = [n for n in ACTIVATIONS.get(name, ("x", "residual")) if arguments.get(n) is not None]
     return arguments | {n: LAYOUTS[how](arguments[n]) for n in names}
 
@@ -77,7 +77,8 @@ def symbolic(name: str, arguments: dict[str, Any]) -> Tensors:
 def layout(t: Tensor) -> tuple[Any, ...]:
     """Shape, dtype, device, and the strides that mean something."""
     shape = tuple(int(size) for size in t.shape)
-    return shape, t.dtype, t.device.type, [int(stride) for stride, size in zip(t.stride(), shape) if size > 1]
+    strides = [int(stride) for stride, size in zip(t.stride(), shape) if size > 1 and 0 not in shape]
+    return shape, t.dtype, t.device.type, strides
 
 
 def bits(t: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def fenced(fence: float = 7.0, width: int = 1024) -> Iterator[list[Tensor]]:
 
 @every_op
 @with_and_without_options
-@pytest.mark.parametrize("seq", [1, 9, 65])
+@pytest.mark.parametrize("seq", [1, 9])
 def test_torch_accepts_the_op(name: str, optional: bool, seq: int) -> None:
     torch.library.opcheck(OPS[name].overload, tuple(sample(name, 1, seq, optional=optional).values()))
 
@@ -167,7 +168,7 @@ def test_outputs_share_no_memory(name: str, batch: int, seq: int, strategy: Stra
 def test_an_op_writes_all_of_its_outputs_and_nothing_else(
     name: str, batch: int, seq: int, strategy: Strategy, high: bool, sizes: Sizes
 ) -> None:
-    arguments = sample(name, batch, seq, sizes=sizes) | {"high": high}
+    arguments = sample(name, batch, seq, sizes=sizes, high=high)
     before = {n: t.clone() for n, t in tensors(arguments).items()}
     with fenced() as memory, force_strategy(strategy):
         outputs = as_tuple(OPS[name].overload(*arguments.values()))

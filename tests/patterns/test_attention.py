@@ -185,7 +185,6 @@ def test_a_decoding_step_of_a_model(cache: str, dynamic: bool, padded: bool) -> 
     want = model(tokens[:, 5:], **arguments(eager, 6)).logits
     got, reports, graphs = fused(model, tokens[:, 5:], dynamic=dynamic, **arguments(ours, 6))
     torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-5)
-    print([s for s in reports[-1].sites if not s.fused], len(reports), reports)
     assert reports[-1].counts()["attention"] == 2
     assert all(site.fused for site in reports[-1].sites)
     assert not any(node.target is F.scaled_dot_product_attention for node in graphs[-1].graph.nodes)
