@@ -13,7 +13,7 @@ from fusepass import backend as backend_module
 from tests.models import small_qwen3, static_cache
 
 LAYERS = 2
-COUNTS = {"norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "rms_norm": 1}
+COUNTS = {"attention": LAYERS, "norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "rms_norm": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_reports_are_kept_by_compile_id_and_reset_forgets_them() -> None:
     model(ids(1, 4), use_cache=False)
     ids_seen = [report.compile_id for report in fusepass.reports()]
     assert ids_seen == ["0/0", "0/1"]
-    assert fusepass.reports()[0].summary().startswith("graph 0/0: fused linear_residual x1")
+    assert fusepass.reports()[0].summary().startswith("graph 0/0: fused attention x1, linear_residual x1")
     fusepass.reset()
     assert fusepass.reports() == []
 

@@ -82,8 +82,8 @@ def test_full_size_models_pass_the_gate_over_64_decode_steps_in_cuda_graphs(name
     assert replays == 1
     layers = config.num_hidden_layers
     (report,) = fusepass.reports()
-    expected = {"norm_qkv_rope": layers, "norm_gated_mlp": layers, "linear_residual": layers, "rms_norm": 1}
-    assert dict(report.counts()) == expected
+    each = ("attention", "linear_residual", "norm_gated_mlp", "norm_qkv_rope")
+    assert dict(report.counts()) == {**dict.fromkeys(each, layers), "rms_norm": 1}
     assert all(site.fused for site in report.sites)
 
     eager, _ = decode_logits(model, model, tokens, 16)

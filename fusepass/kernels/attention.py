@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass.kernels.common import begin
-from fusepass.kernels.launch import interpreted, pdl_options
+from fusepass.kernels.launch import cdiv, interpreted, next_power_of_2, pdl_options, run
 
 TILE_ROWS = 16
 """Rows of the tile: the fewest that `tl.dot` takes."""
@@ -199,6 +199,18 @@ def _programs(device: torch.device) -> int:
     return 2 * count
 
 
+@functools.lru_cache(4096)
+def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Padded head size, positions of a block, splits, and blocks of a split whose mask is looked through at a time."""
+    block_d = max(16, next_power_of_2(size))
+    # 16 KB of K: 64 positions of a bf16 head of 128.
+    block = max(16, min(64, 16384 // (block_d * element_size)))
+    blocks = cdiv(length, block)
+    splits = min(blocks, max(1, _programs(device) // groups))
+    # The mask of a split is looked through 2048 positions at a time.
+    return block_d, block, splits, min(next_power_of_2(cdiv(blocks, splits)), 2048 // block)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
     """Write softmax(scale * q k^T + mask) v to `out`.
 
@@ -209,13 +221,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     kv_heads, length = k.shape[1:3]
     group = q_heads // kv_heads
     rows = seq * group
-    block_d = max(16, triton.next_power_of_2(size))
-    # 16 KB of K: 64 positions of a bf16 head of 128.
-    block = max(16, min(64, 16384 // (block_d * q.element_size())))
-    blocks = triton.cdiv(length, block)
-    splits = min(blocks, max(1, _programs(q.device) // (batch * kv_heads)))
-    # The mask of a split is looked through 2048 positions at a time.
-    scan = min(triton.next_power_of_2(triton.cdiv(blocks, splits)), 2048 // block)
+    block_d, block, splits, scan = _plan(batch * kv_heads, size, length, q.element_size(), q.device)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     mask_rows = 1
     if mask is not None:
@@ -228,14 +234,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         partial = torch.empty(batch * kv_heads * rows, splits, size, dtype=torch.float32, device=q.device)
         stats = torch.empty(2, batch * kv_heads * rows, splits, dtype=torch.float32, device=q.device)
     sizes = {"KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "D": size, "BLOCK_D": block_d}
-    attention_kernel[(batch * kv_heads, splits)](
+    run(
+        attention_kernel, (batch * kv_heads, splits),
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3],
         **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, BLOCK=block, SCAN=scan,
         num_warps=8, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(batch * kv_heads * rows,)](
+        run(
+            combine_kernel, (batch * kv_heads * rows,),
             partial, stats, out, splits, *out.stride()[:3],
-            **sizes, CHUNK=min(64, triton.next_power_of_2(splits)), num_warps=4, **pdl_options(),
+            **sizes, CHUNK=min(64, next_power_of_2(splits)), num_warps=4, **pdl_options(),
         )  # fmt: skip

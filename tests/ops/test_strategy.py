@@ -9,7 +9,7 @@ import torch
 
 from fusepass.kernels import attention, gated_mul, gemv, rms_norm, rope, skinny
 from fusepass.ops import OPS, force_strategy
-from fusepass.ops.library import ROWS_LIMIT, SKINNY_LIMIT, Strategy, strategy
+from fusepass.ops.library import ROWS_BEST, SKINNY_LIMIT, Strategy, strategy
 from tests.ops.sites import as_tuple, sample
 
 WITH_WEIGHTS = ("linear_residual", "norm_gated_mlp", "norm_qkv_rope")
@@ -46,7 +46,7 @@ def launched() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [(1, "rows"), (4, "rows"), (5, "skinny"), (64, "skinny"), (65, "library"), (4096, "library")],
+    [(1, "rows"), (2, "rows"), (3, "skinny"), (64, "skinny"), (65, "library"), (4096, "library")],
 )
 def test_the_number_of_rows_chooses(rows: int, expected: Strategy) -> None:
     assert strategy(rows) == expected
@@ -55,7 +55,7 @@ def test_the_number_of_rows_chooses(rows: int, expected: Strategy) -> None:
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 @pytest.mark.parametrize(
     ("rows", "file"),
-    [(ROWS_LIMIT, "gemv"), (ROWS_LIMIT + 1, "skinny"), (SKINNY_LIMIT, "skinny"), (SKINNY_LIMIT + 1, None)],
+    [(ROWS_BEST, "gemv"), (ROWS_BEST + 1, "skinny"), (SKINNY_LIMIT, "skinny"), (SKINNY_LIMIT + 1, None)],
 )
 def test_every_op_goes_by_the_strategy(name: str, rows: int, file: str | None, launched: list[str]) -> None:
     """Rows are counted over batch and sequence; above the limits a library GEMM runs."""
