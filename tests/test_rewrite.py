@@ -152,7 +152,7 @@ def test_a_fault_in_an_inner_graph_leaves_the_outer_one_as_it_was(monkeypatch: p
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(NormGatedMLPFusion, "rewrite", faulty)
-    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="planted"):
         fuse(gm, Options())
     assert [module.code for module in gm.modules() if isinstance(module, GraphModule)] == codes
 
@@ -268,8 +268,7 @@ def test_an_op_that_follows_none_may_not() -> None:
 def test_an_op_in_an_inner_graph_may_not() -> None:
     net = Stack()
     _, gm = run(lambda x: checkpoint(net, x, use_reentrant=False), hidden())
-    (inner,) = (module for module in gm.modules() if isinstance(module, GraphModule) and calls(module, "norm_gated_mlp"))
-    assert early(inner) == [False, False]
+    assert [early(module) for module in gm.modules() if isinstance(module, GraphModule)] == [[], [False, False]]
 
 
 # --- inner graphs ---
@@ -308,8 +307,8 @@ def test_a_fusion_that_is_switched_off_leaves_its_nodes_to_the_others() -> None:
 
 @pytest.mark.parametrize("precision", ["match", "high"])
 def test_the_precision_is_an_argument_of_every_op(precision: str) -> None:
-    model = Stack(lambda net: None)
-    _, gm = run(lambda x: Norm()(model(x)), hidden(), options=Options.parse({"precision": precision}, None))
+    norm, stack = Norm(), Stack()
+    _, gm = run(lambda x: norm(stack(x)), hidden(), options=Options.parse({"precision": precision}, None))
     flags = [call.args[11] for call in calls(gm, "norm_gated_mlp")] + [call.args[3] for call in calls(gm, "rms_norm")]
     assert flags == [precision == "high"] * 3
 
