@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusepass import graph
-from fusepass.report import Site
 from tests.models import capture
-from tests.patterns.toys import run
 
 SIZE = 8
 
@@ -90,23 +88,22 @@ def test_a_cast_changes_the_dtype_and_nothing_else(cast: Callable[[Tensor], Tens
 
 # --- shapes ---
 
-SWAPS: list[tuple[Callable[[Tensor], Tensor], bool]] = [
-    (lambda x: x.transpose(-2, 1), True),
-    (lambda x: x.permute(0, -2, 1, 3), True),
-    (lambda x: x.permute(dims=[0, 2, 1, 3]), True),
-    (lambda x: torch.permute(x, dims=(0, 2, 1, 3)), True),
-    (lambda x: x.swapaxes(axis0=1, axis1=2), True),
-    (lambda x: x.transpose(2, 3), False),
-    (lambda x: x.transpose(1, 1), False),
-    (lambda x: x.permute(0, 1, 2, 3), False),
-    (lambda x: x.permute(0, 2, 3, 1), False),
-    (lambda x: x.view(2, 5, 3, SIZE), False),
-    (lambda x: x.mT, False),
-]
+SWAPS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "from the end": (lambda x: x.transpose(-2, 1), True),
+    "permute": (lambda x: x.permute(0, -2, 1, 3), True),
+    "permute by keyword": (lambda x: x.permute(dims=[0, 2, 1, 3]), True),
+    "torch.permute by keyword": (lambda x: torch.permute(x, dims=(0, 2, 1, 3)), True),
+    "swapaxes by keyword": (lambda x: x.swapaxes(axis0=1, axis1=2), True),
+    "other dimensions": (lambda x: x.transpose(2, 3), False),
+    "no permutation": (lambda x: x.permute(0, 1, 2, 3), False),
+    "a rotation": (lambda x: x.permute(0, 2, 3, 1), False),
+    "a view": (lambda x: x.view(2, 5, 3, SIZE), False),
+}
 
 
-@pytest.mark.parametrize(("swap", "expected"), SWAPS)
-def test_a_transpose_swaps_exactly_two_dimensions(swap: Callable[[Tensor], Tensor], expected: bool) -> None:
+@pytest.mark.parametrize("name", SWAPS)
+def test_a_transpose_swaps_exactly_two_dimensions(name: str) -> None:
+    swap, expected = SWAPS[name]
     assert graph.is_transpose(result(swap), 1, 2) is expected
 
 
@@ -196,8 +193,7 @@ def test_a_higher_order_op_may_write_all_it_is_given() -> None:
 
     (gm,) = capture(net, torch.rand(2), torch.rand(2))
     (node,) = (node for node in gm.graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator))
-    written = {one.op for one in graph.mutated(node)}
-    assert "placeholder" in written
+    assert {one.name for one in graph.mutated(node) if one.op == "placeholder"} == {"l_x_", "l_y_"}
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -263,9 +259,3 @@ def test_the_source_of_a_node_is_the_users_line() -> None:
 def test_a_node_without_a_history_has_no_path_and_no_source() -> None:
     node = Graph().placeholder("x")
     assert (graph.module_path(node), graph.source_line(node)) == ("", "")
-
-
-def test_a_site_without_a_reason_is_fused() -> None:
-    assert Site("rms_norm", "", "").fused
-    assert not Site("rms_norm", "", "", "grad", "because").fused
-    assert run is not None

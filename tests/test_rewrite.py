@@ -376,9 +376,7 @@ def test_one_file_with_match_check_and_rewrite_is_a_fusion(register: Callable[[s
         ("torch.ops.aten.mT.default", "shape", r"\(3, 5, 20\)"),
     ],
 )
-def test_an_op_with_another_result_is_refused(
-    op: str, code: str, words: str, register: Callable[[str], None]
-) -> None:
+def test_an_op_with_another_result_is_refused(op: str, code: str, words: str, register: Callable[[str], None]) -> None:
     register(op)
     refusal(run(lambda x: x.sigmoid() * x, hidden())[0], "swish", code, words)
 

@@ -203,8 +203,9 @@ def _programs(device: torch.device) -> int:
 def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> tuple[int, int, int, int]:
     """Padded head size, positions of a block, splits, and blocks of a split whose mask is looked through at a time."""
     block_d = max(16, next_power_of_2(size))
-    # 16 KB of K: 64 positions of a bf16 head of 128.
-    block = max(16, min(64, 16384 // (block_d * element_size)))
+    # 8 KB of K: 32 positions of a bf16 head of 128. Qwen3-0.6B at context 512 on an H200: 4.9 us for both kernels with
+    # 32 splits of 32, 4 warps and a combine of one warp; 6.5 us with 16 of 64, 8 warps and 4.
+    block = max(16, min(64, 8192 // (block_d * element_size)))
     blocks = cdiv(length, block)
     splits = min(blocks, max(1, _programs(device) // groups))
     # The mask of a split is looked through 2048 positions at a time.
@@ -239,11 +240,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3],
         **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, BLOCK=block, SCAN=scan,
-        num_warps=8, **pdl_options(),
+        num_warps=4, **pdl_options(),
     )  # fmt: skip
     if splits > 1:
         run(
             combine_kernel, (batch * kv_heads * rows,),
             partial, stats, out, splits, *out.stride()[:3],
-            **sizes, CHUNK=min(64, next_power_of_2(splits)), num_warps=4, **pdl_options(),
+            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=1, **pdl_options(),
         )  # fmt: skip

@@ -137,6 +137,7 @@ def real_cases() -> Iterator[Case]:
     """The sizes of Qwen3-0.6B, Qwen3-4B, Qwen2.5-0.5B and a layer with heads of 96; the op chooses the strategy."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     yield from (Case(rows, 1, None, bf16, sizes=QWEN3) for rows in (1, 2, 7, 16, 17, 128))
+    yield Case(4, 1, "rows", bf16, sizes=QWEN3)
     for dtype, high, sizes, family, steps in (
         (f16, False, QWEN3, "qwen3", ((1, 1), (1, 17), (1, 128))),
         (f32, False, QWEN3, "qwen3", ((1, 1), (17, 1), (2, 64))),

@@ -212,7 +212,7 @@ def test_one_compiled_graph_serves_every_number_of_rows(name: str, monkeypatch: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_weights_read_before_the_previous_kernel_ends_change_no_bits(batch: int) -> None:
     """Layers in which every kernel reads what the one before it wrote: `early` moves only the weights' loads."""
 
