@@ -38,14 +38,22 @@ SPELLINGS: dict[str, frozenset[Any]] = {
     "view": frozenset({"view", "reshape", "unflatten", torch.reshape, torch.unflatten}),
 }
 
+# Ops whose result may share memory with their first argument without writing it.
 _VIEWS = (
-    SPELLINGS["view"] | SPELLINGS["transpose"] | SPELLINGS["permute"] | SPELLINGS["narrow"] | SPELLINGS["getitem"]
-) | {"unsqueeze", "squeeze", "expand", "contiguous", "detach", "flatten", "to", "view_as", "expand_as", "t", "mT"}
+    SPELLINGS["cast"] | SPELLINGS["chunk"] | SPELLINGS["getitem"] | SPELLINGS["narrow"] | SPELLINGS["permute"]
+    | SPELLINGS["split"] | SPELLINGS["transpose"] | SPELLINGS["view"]
+    | {"as_strided", "contiguous", "cpu", "cuda", "detach", "diagonal", "double", "expand", "expand_as", "flatten"}
+    | {"mT", "moveaxis", "movedim", "requires_grad_", "select", "squeeze", "swapdims", "t", "unbind", "unfold"}
+    | {"unsqueeze", "view_as", torch.flatten, torch.movedim, torch.select, torch.squeeze, torch.t, torch.unbind}
+    | {torch.unsqueeze, F.dropout, getattr}
+)  # fmt: skip
 
 
 def is_op(node: Any, name: str) -> bool:
-    """Whether `node` is a call that `SPELLINGS[name]` lists."""
-    return isinstance(node, Node) and node.op in ("call_function", "call_method") and node.target in SPELLINGS[name]
+    """Whether `node` is a call that `SPELLINGS[name]` lists, and makes a value of its own (no `out=`)."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return node.target in SPELLINGS[name] and node.kwargs.get("out") is None
 
 
 def argument(node: Node, index: int, *names: str, default: Any = None) -> Any:
@@ -115,7 +123,8 @@ def is_transpose(node: Any, first: int, second: int) -> bool:
         dims = {argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1")}
         return {dim % ndim for dim in dims if isinstance(dim, int)} == {first, second}
     if is_op(node, "permute"):
-        order = node.args[1] if isinstance(argument(node, 1, "dims"), list | tuple) else node.args[1:]
+        dims = argument(node, 1, "dims")
+        order = dims if isinstance(dims, list | tuple) else node.args[1:]
         wanted = list(range(ndim))
         wanted[first], wanted[second] = second, first
         return [dim % ndim for dim in order if isinstance(dim, int)] == wanted
@@ -169,47 +178,74 @@ def reads_only_shape(user: Node) -> bool:
 
 def mutated(node: Node) -> list[Node]:
     """The tensors that `node` writes in place. A higher-order op may write any of its arguments."""
-    if node.op == "call_method" and isinstance(node.target, str):
-        return [node.args[0]] if node.target.endswith("_") and not node.target.endswith("__") else []  # type: ignore[list-item]
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return []
-    written: list[Any] = []
     target = node.target
-    name = getattr(target, "__name__", "")
-    if isinstance(target, torch._ops.OpOverload):
-        for i, arg in enumerate(target._schema.arguments):
-            if arg.alias_info is not None and arg.alias_info.is_write:
-                written.append(argument(node, i, arg.name))
-    elif isinstance(target, torch._ops.HigherOrderOperator):
-        written.extend(node.all_input_nodes)
+    written: list[Any] = [node.kwargs.get("out")]
+    first = argument(node, 0, "input", "self")
+    if isinstance(target, str):
+        if (target.endswith("_") and not target.endswith("__")) or target in _IN_PLACE_METHODS:
+            written.append(first)
+    elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        written += _written_by_schema(node)
+    elif isinstance(target, torch._ops.HigherOrderOperator) or _updates_statistics(node):
+        written += node.all_input_nodes
     elif target is operator.setitem or target in _IN_PLACE_OPERATORS:
-        written.append(node.args[0])
-    elif name.endswith("_") and not name.endswith("__"):
-        written.append(argument(node, 0, "input"))
-    if node.kwargs.get("inplace") is True:
-        written.append(argument(node, 0, "input"))
-    if node.kwargs.get("out") is not None:
-        written.append(node.kwargs["out"])
+        written.append(first)
+    elif getattr(target, "__module__", "") != "_operator":  # `operator.and_` writes nothing
+        name = getattr(target, "__name__", "")
+        written += [first] if name.endswith("_") and not name.endswith("__") else []
+    # `F.relu(x, True)`, `F.dropout(x, 0.5, True, True)`: what returns its own argument and is no view has written it.
+    inplace = node.kwargs.get("inplace") is True or (target is F.dropout and argument(node, 3, "inplace") is True)
+    if inplace or (target not in _VIEWS and _memory(node) & _memory(first)):
+        written.append(first)
     flat = (item for w in written for item in (w if isinstance(w, list | tuple) else [w]))
-    return [item for item in flat if isinstance(item, Node)]
+    return list(dict.fromkeys(item for item in flat if isinstance(item, Node)))
 
 
 _IN_PLACE_OPERATORS = frozenset(
     {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow}
     | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift}
 )
+_IN_PLACE_METHODS = frozenset(f"__{op.__name__}__" for op in _IN_PLACE_OPERATORS) | {"__setitem__"}
+_BATCH_NORMS = frozenset({F.batch_norm, torch.batch_norm})
+_INSTANCE_NORMS = frozenset({F.instance_norm, torch.instance_norm})
+
+
+def _updates_statistics(node: Node) -> bool:
+    if node.target in _BATCH_NORMS:
+        return argument(node, 5, "training", default=False) is not False
+    return node.target in _INSTANCE_NORMS and argument(node, 5, "use_input_stats", default=True) is not False
+
+
+def _written_by_schema(node: Node) -> list[Any]:
+    """The arguments that the schema of an operator (of any overload, where none is chosen yet) says it writes."""
+    target: Any = node.target
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else map(target.__getattr__, target.overloads())
+    return [
+        argument(node, i, arg.name)
+        for overload in overloads
+        for i, arg in enumerate(overload._schema.arguments)
+        if arg.alias_info is not None and arg.alias_info.is_write
+    ]
+
+
+def _memory(node: Any) -> set[int]:
+    """The fake storages behind the value of `node`."""
+    found = value(node)
+    items = found if isinstance(found, list | tuple) else (found,)
+    return {item.untyped_storage()._cdata for item in items if type(item) is torch._subclasses.FakeTensor}
 
 
 def storages(node: Node) -> set[Any]:
     """Identities of the memory behind `node`: its fake storage, and the node that its chain of views starts at."""
     root = node
-    while root.op in ("call_function", "call_method") and root.target in _VIEWS and isinstance(root.args[0], Node):
-        root = root.args[0]
-    found: set[Any] = {root}
-    for item in (value(node), value(root)):
-        if type(item) is torch._subclasses.FakeTensor:
-            found.add(item.untyped_storage()._cdata)
-    return found
+    while root.op in ("call_function", "call_method") and root.target in _VIEWS:
+        source = argument(root, 0, "input", "self", "tensor")
+        if not isinstance(source, Node):
+            break
+        root = source
+    return {root} | _memory(node) | _memory(root)
 
 
 def module_path(node: Node) -> str:

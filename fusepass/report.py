@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 CODES: dict[str, str] = {
     "autocast": "autocast is in force, so the ops of this region run in other dtypes than the graph shows",
-    "cpu": "the kernels cannot run this on a CPU",
     "device": "the tensors of the region are not all on one CUDA (or CPU) device",
     "dtype": "the dtypes of activation, weights and result are not the ones the op computes in",
     "extra-user": "a value inside the region is also used outside it",

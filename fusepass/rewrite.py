@@ -31,9 +31,11 @@ def fuse(gm: GraphModule, options: Options, compile_id: str = "") -> GraphReport
     report = GraphReport(compile_id)
     modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
     copies = [_copy(module.graph) for module in modules]
-    for module, graph in zip(modules, copies):
+    surroundings = [validity.Surroundings.of(graph) for graph in copies]
+    for module, graph, around in zip(modules, copies, surroundings):
+        around.inside_autocast = module is not gm and any(other.autocast for other in surroundings)
         # What is a placeholder of an inner graph may be computed in the outer one.
-        report.sites.extend(_fuse_graph(graph, options, inputs_are_settled=module is gm))
+        report.sites.extend(_fuse_graph(graph, options, around, inputs_are_settled=module is gm))
     for module, graph in zip(modules, copies):
         module.graph = graph
         module.recompile()
@@ -50,22 +52,20 @@ def _copy(graph: Graph) -> Graph:
     return new
 
 
-def _fuse_graph(graph: Graph, options: Options, inputs_are_settled: bool) -> list[Site]:
-    around = validity.Surroundings.of(graph)
+def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, inputs_are_settled: bool) -> list[Site]:
     writes = _writes(graph)
     sites = []
     calls: dict[Node, Match] = {}
     for fusion in fusions():
         if not options.enabled(fusion):
             continue
-        erased: set[Node] = set()
+        seen: set[Node] = set()
         for node in list(graph.nodes):
-            if node in erased or (match := fusion.match(node)) is None:
+            if node in seen or (match := fusion.match(node)) is None:
                 continue
             try:
                 call = _apply(graph, fusion, match, around, options.precision == "high")
                 calls[call] = match
-                erased |= set(match.interior)
                 sites.append(Site(fusion.name, module_path(match.anchor), source_line(match.anchor)))
             except Refused as refusal:
                 sites.append(
@@ -77,11 +77,13 @@ def _fuse_graph(graph: Graph, options: Options, inputs_are_settled: bool) -> lis
                         refusal.reason,
                     )
                 )
+            seen |= set(match.interior)
             log.debug("%s", sites[-1])
     if inputs_are_settled:
         _allow_early_reads(graph, calls, around)
     graph.lint()
-    if _writes(graph) != writes:
+    replaced = {node.name for match in calls.values() for node in match.interior}
+    if _writes(graph) != [name for name in writes if name not in replaced]:
         raise AssertionError("rewriting changed the nodes that write in place, or their order")
     return sites
 
@@ -127,8 +129,11 @@ def _fake_results(overload: torch._ops.OpOverload, arguments: tuple[Any, ...]) -
     values = [fake(arg) for arg in arguments]
     # The mode of the graph's own values: Dynamo has made a fresh one for the backend's use already.
     mode = next(item.fake_mode for item in values if isinstance(item, FakeTensor))
-    with mode, torch.no_grad():
-        results = overload(*values)
+    try:
+        with mode, torch.no_grad():
+            results = overload(*values)
+    except ValueError as impossible:  # the op's own check, which names the argument
+        raise Refused("shape", str(impossible)) from impossible
     return results if isinstance(results, tuple) else (results,)
 
 

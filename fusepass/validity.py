@@ -21,6 +21,8 @@ class Surroundings:
     """Mutating nodes in order, with the storages they write."""
     autocast: list[tuple[Node, Node | None]] = field(default_factory=list)
     """Enter and exit of each enabled autocast region."""
+    inside_autocast: bool = False
+    """Whether the whole graph may run inside an autocast region of the graph it is called from."""
 
     @classmethod
     def of(cls, graph: Graph) -> "Surroundings":
@@ -51,16 +53,18 @@ def outside_users(match: Match, node: Node) -> list[Node]:
     return [
         user
         for user in node.users
-        if user not in inside and not (reads_only_shape(user) and value(node).shape == shape)
+        if user not in inside and not (reads_only_shape(user) and getattr(value(node), "shape", None) == shape)
     ]
 
 
 def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     """Raise `Refused` unless the region can be replaced by one op that reads `arguments`."""
     for node in (*match.tensors, *match.interior):
-        if type(value(node)) is not FakeTensor:
-            kind = type(value(node)).__name__
-            raise Refused("tensor-subclass", f"'{node.name}' is a {kind}, not a plain tensor", node)
+        parts = value(node) if isinstance(value(node), list | tuple) else (value(node),)  # `chunk` makes several
+        for part in parts:
+            if type(part) is not FakeTensor:
+                kind = type(part).__name__
+                raise Refused("tensor-subclass", f"'{node.name}' is a {kind}, not a plain tensor", node)
 
     for node in match.outputs:
         if value(node).requires_grad:
@@ -71,7 +75,7 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     for enter, leave in around.autocast:
         if any(enter < node and (leave is None or node < leave) for node in match.interior):
             raise Refused("autocast", "the region lies inside torch.autocast", enter)
-    if torch.is_autocast_enabled(value(match.activation).device.type):
+    if around.inside_autocast or torch.is_autocast_enabled(value(match.activation).device.type):
         raise Refused("autocast", "the model is called inside torch.autocast", None)
 
     for node in match.interior:
@@ -82,13 +86,15 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     start, point = min(match.interior), insertion_point(match, arguments)
     for output in match.outputs:
         for user in output.users:
-            if user < point and user not in match.interior:
+            if not point < user and user not in match.interior:
                 raise Refused("order", f"'{user.name}' uses '{output.name}' before '{point.name}' exists", user)
 
     end = max(point, max(match.interior))
     touched = set().union(*(storages(node) for node in (*match.tensors, *match.interior)))
+    own = set().union(*map(storages, match.interior)) - set().union(*map(storages, match.tensors))
     for node, written in around.mutations:
-        if start < node < end and node not in match.interior and written & touched:
+        # An in-place activation inside the region may write the region's own values, and nothing else.
+        if (written - own) if node in match.interior else (start < node < end and written & touched):
             raise Refused("mutation", f"'{node.name}' writes in place what the region reads", node)
 
 

@@ -145,7 +145,8 @@ class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
             return None
         siblings = [linear for user in first.x.users if user is not node and (linear := find_linear(user))]
         rotated = [branch for linear in siblings if (branch := _rotated(linear)) is not None]
-        plain = [found for linear in siblings if (found := _plain(linear)) is not None]
+        turned = {heads.linear.out for heads, _ in rotated}
+        plain = [v for linear in siblings if linear.out not in turned and (v := _plain(linear)) is not None]
         if len(rotated) != 1 or len(plain) != 1:
             return None
         # q has at least as many heads as k. With equal numbers the two names could be exchanged: the op does the same

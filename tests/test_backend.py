@@ -13,7 +13,13 @@ from fusepass import backend as backend_module
 from tests.models import small_qwen3, static_cache
 
 LAYERS = 2
-COUNTS = {"attention": LAYERS, "norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "rms_norm": 1}
+COUNTS = {
+    "attention": LAYERS,
+    "norm_qkv_rope": LAYERS,
+    "norm_gated_mlp": LAYERS,
+    "linear_residual": LAYERS,
+    "rms_norm": 1,
+}
 
 
 @pytest.fixture(autouse=True)

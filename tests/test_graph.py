@@ -173,11 +173,10 @@ PURE: dict[str, Callable[[Tensor], Any]] = {
     "invert": lambda x: ~(x > 0),
     "inplace=False": lambda x: F.relu(x, inplace=False),
     "inplace by position": lambda x: F.relu(x, False),
-    "dropout": lambda x: F.dropout(x, 0.5, False, False),
+    "dropout": lambda x: F.dropout(x, 0.5, True, False),
     "aten": lambda x: torch.ops.aten.add(x, 1),
     "aten overload": lambda x: torch.ops.aten.add.Scalar(x, 1),
     "fused op": lambda x: torch.ops.fusepass.rms_norm(x, x.new_ones(SIZE), 1e-6, False),
-    "batch norm with constant statistics": lambda x: F.batch_norm(x, x.new_zeros(3), x.new_ones(3)),
 }
 
 
@@ -210,15 +209,35 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "detach": lambda x: x.detach(),
     "contiguous": lambda x: x.contiguous(),
     "to": lambda x: x.to(torch.float32),
+    "narrow": lambda x: torch.narrow(x, 0, 0, 1),
+    "chunk": lambda x: x.chunk(2)[1],
+    "tensor_split": lambda x: x.tensor_split(2)[1],
+    "ravel": lambda x: x.ravel(),
+    "flatten": lambda x: torch.flatten(x, 1),
+    "movedim": lambda x: torch.movedim(x, 0, -1),
+    "permute": lambda x: torch.permute(x, (3, 2, 1, 0)),
+    "adjoint": lambda x: x.adjoint(),
+    "mT": lambda x: x[0].mT,
+    "T": lambda x: x[0, 0].T,
+    "diagonal": lambda x: torch.diagonal(x),
+    "broadcast": lambda x: torch.broadcast_to(x, (2, *x.shape)),
+    "reshape_as": lambda x: x.reshape_as(x),
+    "view_as": lambda x: x.view_as(x),
+    "view of another dtype": lambda x: x.view(torch.int32),
+    "expanded by a function": lambda x: torch.broadcast_tensors(x, x.new_ones(2, 2, 3, 5, SIZE))[0],
+    "unfold": lambda x: x.unfold(0, 2, 1),
+    "data": lambda x: x.data.view(-1),
+    "dropout without training": lambda x: F.dropout(x, 0.5, training=False),
     "chain": lambda x: x.view(-1)[3:].detach().unflatten(0, (-1, 1)).squeeze(),
 }
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_shares_the_memory_of_its_tensor(name: str) -> None:
+def test_a_view_shares_the_memory_of_its_tensor_and_writes_none_of_it(name: str) -> None:
     node = result(VIEWS[name])
     x = next(iter(node.graph.nodes))
     assert graph.storages(node) & graph.storages(x)
+    assert [node for node in node.graph.nodes if graph.mutated(node)] == []
 
 
 @pytest.mark.parametrize("copy", [lambda x: x.clone(), lambda x: x + 0, lambda x: torch.zeros_like(x)])

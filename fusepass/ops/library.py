@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Strategy = Literal["rows", "skinny", "library"]
 
@@ -132,6 +133,10 @@ def _autograd(name: str, overload: torch._ops.OpOverload, on_cuda: Callable[...,
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             raise RuntimeError(f"fusepass::{name} has no backward: call it under torch.no_grad()")
+        if forward_ad._current_level >= 0 and any(
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+        ):
+            raise RuntimeError(f"fusepass::{name} has no forward-mode derivative")
         # With plain CUDA tensors and no mode active there is nothing to dispatch to but our kernel: this saves the
         # second trip through the dispatcher, which weights that could require a gradient would cost in every call.
         if args[0].is_cuda and type(args[0]) is Tensor and not torch._C._len_torch_dispatch_stack():

@@ -18,8 +18,8 @@ def reference(
     the add, unless `high`. `early`: see `fusepass.ops.library.define`.
     """
     if high:
-        return (residual.float() + linear_f32(x, weight, bias)).to(x.dtype)
-    return residual + F.linear(x, weight, bias)
+        return (residual.float() + linear_f32(x, weight, bias)).to(x.dtype).contiguous()
+    return (residual + F.linear(x, weight, bias)).contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, high: bool, early: bool = False) -> None:

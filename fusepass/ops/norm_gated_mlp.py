@@ -37,9 +37,9 @@ def reference(
     if high:
         h = (act(linear_f32(h, gate, gate_bias)) * linear_f32(h, up, up_bias)).to(x.dtype)
         y = linear_f32(h, down, down_bias)
-        return (y if residual is None else residual.float() + y).to(x.dtype)
+        return (y if residual is None else residual.float() + y).to(x.dtype).contiguous()
     y = F.linear(act(F.linear(h, gate, gate_bias)) * F.linear(h, up, up_bias), down, down_bias)
-    return y if residual is None else residual + y
+    return y if residual is None else (residual + y).contiguous()
 
 
 def _check(

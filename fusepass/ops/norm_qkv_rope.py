@@ -15,7 +15,7 @@ OP = "norm_qkv_rope"
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, S, H * D] as [B, H, S, D], the view that attention reads."""
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

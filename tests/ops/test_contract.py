@@ -106,7 +106,8 @@ def fenced(fence: float = 7.0, width: int = 1024) -> Iterator[list[Tensor]]:
     def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return allocate(like, like.shape, original_empty_like(like).stride(), dtype)
 
-    def empty(*shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(*shape: Any, **options: Any) -> Tensor:
+        dtype, device = options.get("dtype"), options.get("device")
         return new_empty(torch.zeros(0, dtype=dtype, device=device), *shape)
 
     original_new_empty, original_empty, original_empty_like = Tensor.new_empty, torch.empty, torch.empty_like
