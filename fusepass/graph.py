@@ -195,9 +195,9 @@ def mutated(node: Node) -> list[Node]:
     elif getattr(target, "__module__", "") != "_operator":  # `operator.and_` writes nothing
         name = getattr(target, "__name__", "")
         written += [first] if name.endswith("_") and not name.endswith("__") else []
-    # `F.relu(x, True)`, `F.dropout(x, 0.5, True, True)`: what returns its own argument and is no view has written it.
+    # `F.relu(x, True)`: what returns its very argument (not a view of it) and is no conversion has written it.
     inplace = node.kwargs.get("inplace") is True or (target is F.dropout and argument(node, 3, "inplace") is True)
-    if inplace or (target not in _VIEWS and _memory(node) & _memory(first)):
+    if inplace or (target not in _VIEWS and first is not None and value(node) is value(first) is not None):
         written.append(first)
     flat = (item for w in written for item in (w if isinstance(w, list | tuple) else [w]))
     return list(dict.fromkeys(item for item in flat if isinstance(item, Node)))
