@@ -153,3 +153,4 @@ CASES = [*small_cases(), *(pytest.param(case, marks=pytest.mark.gpu) for case in
 """Every strategy, both precisions; on a GPU, real sizes."""
 HIGH_CASES = [Case(*step, torch.float16, high=True) for step in FORM_STEPS if step[2] != "library"]
 FORM_CASES = [Case(*step, torch.float16) for step in FORM_STEPS]
+F32_CASES = [Case(*step, torch.float32) for step in FORM_STEPS]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ops.gate import CASES, FORM_CASES, HIGH_CASES, Case, assert_as_exact_as_eager, assert_keeps_f32
+from tests.ops.gate import CASES, F32_CASES, FORM_CASES, HIGH_CASES, Case, assert_as_exact_as_eager, assert_keeps_f32
 from tests.ops.sites import OPS, SITES, Tensors, sample
 
 SITE = SITES["norm_gated_mlp"]
@@ -22,12 +22,10 @@ def test_high_keeps_f32(case: Case) -> None:
     assert_keeps_f32(SITE, case)
 
 
-@pytest.mark.parametrize("case", FORM_CASES, ids=str)
-@pytest.mark.parametrize(("dtype", "high"), [(torch.float32, False), (torch.float16, True)], ids=["f32", "high"])
-def test_gelu_is_as_exact_as_eager(case: Case, dtype: torch.dtype, high: bool) -> None:
-    """In f32, where a wrong digit of its constants shows."""
-    case = replace(case, dtype=dtype, high=high, config={"hidden_act": "gelu_pytorch_tanh"})
-    assert_as_exact_as_eager(SITE, case)
+@pytest.mark.parametrize("case", [*F32_CASES, *HIGH_CASES], ids=str)
+def test_gelu_is_as_exact_as_eager(case: Case) -> None:
+    """In f32 too, where a wrong digit of its constants shows."""
+    assert_as_exact_as_eager(SITE, replace(case, config={"hidden_act": "gelu_pytorch_tanh"}))
 
 
 @pytest.mark.parametrize("case", FORM_CASES, ids=str)
@@ -43,9 +41,10 @@ def test_with_biases_as_exact_as_eager(case: Case, biased: tuple[str, ...]) -> N
     assert_as_exact_as_eager(SITE, replace(case, family="llama", config={"mlp_bias": True}), change=keep)
 
 
-@pytest.mark.parametrize("case", FORM_CASES, ids=str)
+@pytest.mark.parametrize("case", F32_CASES, ids=str)
 @pytest.mark.parametrize("without", ["norm_weight", "residual", "both"])
 def test_without_norm_or_residual_as_exact_as_eager(case: Case, without: str) -> None:
+    """In f32: without its norm the MLP multiplies outliers with each other, too large for f16."""
     absent = {"norm_weight", "residual"} if without == "both" else {without}
 
     def eager(layer: nn.Module, x: Tensor) -> Tensors:
@@ -56,8 +55,7 @@ def test_without_norm_or_residual_as_exact_as_eager(case: Case, without: str) ->
         named = SITE.named(layer, (x,)) | dict.fromkeys(absent)
         return tuple(named.values())[:-1]  # the last is `high`
 
-    # Without its norm the MLP multiplies outliers with each other: that is for f32, not for f16.
-    assert_as_exact_as_eager(replace(SITE, eager=eager, arguments=arguments), replace(case, dtype=torch.float32))
+    assert_as_exact_as_eager(replace(SITE, eager=eager, arguments=arguments), case)
 
 
 @pytest.mark.parametrize("case", FORM_CASES, ids=str)
