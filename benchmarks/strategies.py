@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from models import qwen3_config
 
 from fusepass import ops
+from fusepass.bench.models import qwen3_config
 from fusepass.ops import force_strategy
 from fusepass.ops.library import ROWS_LIMIT, SKINNY_LIMIT, Strategy
 

@@ -72,7 +72,7 @@ def decode_logits(
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-8B"])
 @torch.no_grad()
 def test_full_size_models_pass_the_gate_over_64_decode_steps_in_cuda_graphs(name: str) -> None:
-    from benchmarks.models import qwen3_config, random_model
+    from fusepass.bench.models import qwen3_config, random_model
 
     config = qwen3_config(name)
     model = random_model(config, torch.bfloat16, "cuda", seed=torch.seed() % 2**32)

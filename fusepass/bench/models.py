@@ -1,4 +1,7 @@
-"""Qwen3 models of the public dimensions with random weights, for measuring and for testing at full size."""
+"""Qwen3 models of the public dimensions with random weights, and any other by name."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
@@ -10,6 +13,8 @@ DIMENSIONS = {
     "Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, True),
     "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, True),
     "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, False),
+    "Qwen3-14B": (5120, 17408, 40, 40, 8, 128, False),
+    "Qwen3-32B": (5120, 25600, 64, 64, 8, 128, False),
 }
 
 
@@ -45,10 +50,32 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: str, seed
     return model.requires_grad_(False)
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, in one line, unless `load` knows the model."""
+    known = f"; known names: {', '.join(DIMENSIONS)}, a hub name (owner/name), or a folder with a checkpoint"
+    if name in DIMENSIONS:
+        return
+    if "/" not in name and not Path(name).is_dir():
+        raise ValueError(f"unknown model '{name}'{known}")
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"cannot load model '{name}' ({str(fault).splitlines()[0]}){known}") from fault
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model for inference: random weights for a name of `DIMENSIONS`, a checkpoint otherwise."""
+    if name in DIMENSIONS:
+        return random_model(qwen3_config(name), dtype, device)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def static_cache(model: PreTrainedModel, batch: int, length: int) -> StaticCache:
     """A static cache that exists before anything is compiled: one born inside a compiled graph is not marked static,
     and Inductor then drops CUDA graphs."""
     config = model.config
     cache = StaticCache(config=config, max_cache_len=length)
-    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(batch, config.num_key_value_heads, head_dim, model.dtype, model.device)
     return cache
