@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Without a GPU the kernels run in Triton's interpreter, which is chosen before Python starts.
 CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 FUSEPASS_CPU=interpret')")
 
-.PHONY: demo test test-gpu test-matrix lint typecheck bench checkpoint clean
+.PHONY: demo test test-gpu test-matrix lint typecheck bench readme checkpoint clean
 
 demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
 	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
@@ -29,8 +29,11 @@ lint: $(VENV)/.installed
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## decode speed beside eager and Inductor (needs a GPU)
-	$(BIN)/python benchmarks/decode.py $(ARGS)
+bench: $(VENV)/.installed  ## speed of whole models beside eager and Inductor (needs a GPU)
+	$(BIN)/python -m fusepass bench $(ARGS)
+
+readme: $(VENV)/.installed  ## the README's results from the records in benchmarks/results
+	$(BIN)/python benchmarks/readme_table.py
 
 checkpoint: $(VENV)/.installed  ## train the demo's checkpoint again
 	$(BIN)/python examples/train_tiny_qwen3.py
