@@ -56,6 +56,8 @@ def calls(model: str, rows: int) -> Iterator[tuple[str, Callable[..., object], C
     mlp = (x, new(k), 1e-6, new(i, k), new(i, k), new(k, i), None, None, None, x, "silu", False)
     yield "norm_gated_mlp", torch.ops.fusepass.norm_gated_mlp, ops.norm_gated_mlp.reference, mlp
     o = (new(1, rows, q), new(k, q), None, x, False)
+    head = (x, new(k), 1e-6, new(c.vocab_size, k), None, 0, False)
+    yield "norm_linear", torch.ops.fusepass.norm_linear, ops.norm_linear.reference, head
     yield "linear_residual", torch.ops.fusepass.linear_residual, ops.linear_residual.reference, o
 
 

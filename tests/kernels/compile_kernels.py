@@ -120,6 +120,7 @@ def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
             *head_norm, *head_norm, table, table, head_dim, high,
         ),
         "linear_residual": (empty(case.batch, case.seq, q_size), empty(hidden, q_size), None, x, high),
+        "norm_linear": (x, norm, eps, empty(151936, hidden), None, 0, high),  # Qwen3's vocabulary
         "norm_gated_mlp": (
             x, norm, eps, empty(inner, hidden), empty(inner, hidden), empty(hidden, inner), None, None, None,
             x, model.activation, high,

@@ -149,6 +149,23 @@ def _norm_arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
     return x, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon
 
 
+SKIPPED = 2
+"""Tokens whose rows `norm_linear` does not keep."""
+
+
+def _prompt(layer: nn.Module, batch: int, seq: int) -> Tensors:
+    return _hidden(layer, batch, SKIPPED + seq)
+
+
+def _head(layer: nn.Module, x: Tensor) -> Tensors:
+    """A layer has no lm_head; q_proj is a linear layer like it."""
+    return (layer.self_attn.q_proj(layer.input_layernorm(x)[:, SKIPPED:]),)
+
+
+def _head_arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    return *_norm_arguments(layer, x), layer.self_attn.q_proj.weight, layer.self_attn.q_proj.bias, SKIPPED
+
+
 def _attention_output(layer: nn.Module, batch: int, seq: int) -> Tensors:
     attended = activations(layer, batch, seq, layer.self_attn.o_proj.in_features)
     return attended, activations(layer, batch, seq, layer.hidden_size)
@@ -222,6 +239,7 @@ SITES = {
     "linear_residual": Site(
         OPS["linear_residual"], _attention_output, _output_projection, _output_projection_arguments
     ),
+    "norm_linear": Site(OPS["norm_linear"], _prompt, _head, _head_arguments),
     "norm_gated_mlp": Site(OPS["norm_gated_mlp"], _hidden, _mlp, _mlp_arguments),
     "norm_qkv_rope": Site(OPS["norm_qkv_rope"], _tokens, _attention, _attention_arguments),
     "attention": Site(OPS["attention"], _cache, _attend, _attend_arguments),

@@ -38,6 +38,7 @@ FAULTS: dict[tuple[str, str], dict[str, Fault]] = {
     ("rms_norm", "x"): INPUT | {"no dimension": lambda t: t[0, 0, 0]},
     ("linear_residual", "x"): INPUT | {"no dimension": lambda t: t[0, 0, 0]},
     ("linear_residual", "residual"): SHAPE | KIND | BATCH | {"fewer tokens": lambda t: t[:, :-1]},
+    ("norm_linear", "x"): INPUT | {"one dimension": lambda t: t[0, 0]},
     ("norm_gated_mlp", "x"): INPUT | {"no dimension": lambda t: t[0, 0, 0]},
     ("norm_gated_mlp", "residual"): SHAPE | KIND | BATCH | {"fewer tokens": lambda t: t[:, :-1]},
     ("norm_gated_mlp", "up"): MATRIX,

@@ -42,6 +42,7 @@ ARGUMENT_FAULTS: dict[str, tuple[str, torch.dtype, Callable[[Arguments], Argumen
     "no bias": ("linear_residual", F16, lambda a: a | {"bias": None}),
     "one feature twice": ("linear_residual", F16, lambda a: a | {"weight": _next_row(a["weight"])}),
     "products in TF32": ("linear_residual", F32, lambda a: a | {"weight": _tf32(a["weight"])}),
+    "another token's row": ("norm_linear", F16, lambda a: a | {"x": a["x"].roll(1, 1)}),
     "gate and up exchanged": ("norm_gated_mlp", F16, lambda a: a | {"gate": a["up"], "up": a["gate"]}),
     "another activation": ("norm_gated_mlp", F16, lambda a: a | {"activation": "gelu_tanh"}),
     "no norm": ("norm_gated_mlp", F16, lambda a: a | {"norm_weight": None}),

@@ -12,7 +12,7 @@ from fusepass.ops import OPS, force_strategy
 from fusepass.ops.library import ROWS_BEST, SKINNY_LIMIT, Strategy, strategy
 from tests.ops.sites import as_tuple, sample
 
-WITH_WEIGHTS = ("linear_residual", "norm_gated_mlp", "norm_qkv_rope")
+WITH_WEIGHTS = ("linear_residual", "norm_gated_mlp", "norm_linear", "norm_qkv_rope")
 LAUNCHERS = {
     gemv: ("linears", "gated"),
     skinny: ("linears", "gated"),
