@@ -13,7 +13,7 @@ def test_the_demo_fuses_the_checkpoint_and_its_tokens_agree() -> None:
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--tokens", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    for fusion in ("norm_qkv_rope", "norm_gated_mlp", "linear_residual"):
+    for fusion in ("norm_qkv_rope", "norm_gated_mlp", "linear_residual", "norm_linear"):
         assert f"{fusion}" in done.stdout
     assert "model.layers.{0-3}.self_attn " in done.stdout
     assert "All 12 tokens agree with the plain model's." in done.stdout

@@ -83,7 +83,7 @@ def test_full_size_models_pass_the_gate_over_64_decode_steps_in_cuda_graphs(name
     layers = config.num_hidden_layers
     (report,) = fusepass.reports()
     each = ("attention", "linear_residual", "norm_gated_mlp", "norm_qkv_rope")
-    assert dict(report.counts()) == {**dict.fromkeys(each, layers), "rms_norm": 1}
+    assert dict(report.counts()) == {**dict.fromkeys(each, layers), "norm_linear": 1}
     assert all(site.fused for site in report.sites)
 
     eager, _ = decode_logits(model, model, tokens, 16)

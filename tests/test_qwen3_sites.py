@@ -16,7 +16,7 @@ from fusepass.rewrite import fuse
 from tests.models import fused, small_qwen3, static_cache
 
 LAYERS, PROMPT, ROOM = 2, 17, 24
-COUNTS = {"norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "rms_norm": 1}
+COUNTS = {"norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "norm_linear": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +92,13 @@ def test_a_site_names_the_users_module_and_line() -> None:
     _, (report,), _ = fused(small_qwen3(LAYERS), torch.randint(152, (1, PROMPT)), use_cache=False)
     layers = [f"model.layers.{i}" for i in range(LAYERS)]
     assert sorted((site.fusion, site.path) for site in report.sites) == sorted(
-        [("rms_norm", "model.norm")]
+        [("norm_linear", "lm_head")]
         + [("norm_qkv_rope", f"{layer}.self_attn") for layer in layers]
         + [("norm_gated_mlp", f"{layer}.mlp") for layer in layers]
         + [("linear_residual", f"{layer}.self_attn.o_proj") for layer in layers]
     )
     code = {
-        "rms_norm": "self.weight * hidden_states",
+        "norm_linear": "logits = self.lm_head(hidden_states",
         "norm_qkv_rope": "query_states = self.q_norm(self.q_proj(hidden_states)",
         "norm_gated_mlp": "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
         "linear_residual": "attn_output = self.o_proj(attn_output)",
@@ -121,6 +121,24 @@ def test_variants_of_the_configuration_are_fused(changes: dict[str, Any]) -> Non
     got, reports, graphs = fused(model, tokens, use_cache=False)
     assert_all_fused(reports, graphs)
     torch.testing.assert_close(got.logits, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([2, 5])], ids=["1", "3", "indices"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_the_last_norm_and_lm_head_are_one_op_unless_logits_are_kept_by_index(keep: Any, dynamic: bool) -> None:
+    model, tokens = small_qwen3(1), torch.randint(152, (2, PROMPT))
+    got, reports, _ = fused(model, tokens, use_cache=False, logits_to_keep=keep, dynamic=dynamic)
+    last = "norm_linear" if isinstance(keep, int) else "rms_norm"
+    assert {site.fusion for site in reports[-1].sites if site.path in ("model.norm", "lm_head")} == {last}
+    want = model(tokens, use_cache=False, logits_to_keep=keep).logits
+    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_last_norm_of_a_model_without_lm_head_stands_alone() -> None:
+    _, (report,), _ = fused(small_qwen3(LAYERS).model, torch.randint(152, (2, PROMPT)), use_cache=False)
+    assert (report.counts()["norm_linear"], report.counts()["rms_norm"]) == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,7 +17,7 @@ from fusepass.options import Options
 from fusepass.report import GraphReport, Site
 from tests.models import fused
 
-BATCH, SEQ, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 3, 5, 20, 28, 6, 2, 8
+BATCH, SEQ, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 5, 20, 28, 6, 2, 8, 33
 
 Spelling = Callable[..., Any]
 
@@ -152,6 +152,19 @@ class Residual(nn.Module):
         if self.between is not None:
             self.between(self, x, r)
         return self.add(r, y)
+
+
+class Head(nn.Module):
+    """The end of Qwen3ForCausalLM: the last norm, the rows that `keep` leaves of its result, lm_head."""
+
+    def __init__(self, keep: Spelling = lambda h: h[:, slice(-2, None), :], bias: bool = False) -> None:
+        super().__init__()
+        self.norm, self.lm_head = Norm(), nn.Linear(HIDDEN, VOCAB, bias=bias)
+        self.keep = keep
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.lm_head(self.keep(self.norm(x), *args))
 
 
 def run(
