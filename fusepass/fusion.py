@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -44,6 +44,12 @@ class Match:
     """Every node that the op makes superfluous, the outputs included."""
     outputs: tuple[Node, ...]
     """The values that live on, in the order of the op's results."""
+    writes: tuple[Node, ...] = field(default=(), kw_only=True)
+    """The tensors that the region writes in place, and the op in its stead."""
+    joined: tuple[Node, ...] = field(default=(), kw_only=True)
+    """The ops of other sites that a join takes in."""
+    read_early: tuple[Node, ...] = field(default=(), kw_only=True)
+    """What the op may read early besides its parameters (see `fusepass.ops.library.define`)."""
 
     @property
     def tensors(self) -> tuple[Node, ...]:
@@ -64,6 +70,8 @@ class Fusion(ABC, Generic[MatchT]):
     """Fusions run in this order, longest first: a node belongs to one site."""
     default: ClassVar[bool] = True
     """Whether it is on unless the options say otherwise."""
+    joins: ClassVar[bool] = False
+    """Whether it lowers ops that other fusions put in to one op. It makes no site: those say which op runs them."""
 
     @abstractmethod
     def match(self, node: Node) -> MatchT | None:

@@ -34,6 +34,8 @@ class Site:
     """Why it was refused, one of `CODES`; None when fused."""
     reason: str | None = None
     """The same in a sentence about this site; None when fused."""
+    op: str | None = None
+    """The op that runs it: of the fusion's own name, or of a join that took it in; None when refused."""
 
     @property
     def fused(self) -> bool:

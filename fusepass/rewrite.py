@@ -8,6 +8,7 @@ nodes without users, which fx takes for pure: `eliminate_dead_code` would delete
 """
 
 import copy
+import dataclasses
 import logging
 import operator
 from typing import Any
@@ -54,8 +55,9 @@ def _copy(graph: Graph) -> Graph:
 
 def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, inputs_are_settled: bool) -> list[Site]:
     writes = _writes(graph)
-    sites = []
-    calls: dict[Node, Match] = {}
+    sites: list[Site] = []
+    calls: dict[Node, tuple[Match, list[int]]] = {}  # the ops put in, and the sites that each runs
+    replaced: set[str] = set()
     for fusion in fusions():
         if not options.enabled(fusion):
             continue
@@ -63,27 +65,32 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
         for node in list(graph.nodes):
             if node in seen or (match := fusion.match(node)) is None:
                 continue
+            path, source = module_path(match.anchor), source_line(match.anchor)
+            seen |= set(match.interior)
+            names = {inner.name for inner in match.interior}
             try:
                 call = _apply(graph, fusion, match, around, options.precision == "high")
-                calls[call] = match
-                sites.append(Site(fusion.name, module_path(match.anchor), source_line(match.anchor)))
             except Refused as refusal:
-                sites.append(
-                    Site(
-                        fusion.name,
-                        module_path(match.anchor),
-                        source_line(refusal.node or match.anchor),
-                        refusal.code,
-                        refusal.reason,
-                    )
-                )
-            seen |= set(match.interior)
+                if fusion.joins:
+                    log.debug("%s at %s not joined: %s", fusion.name, path, refusal.reason)
+                    continue
+                source = source_line(refusal.node) if refusal.node else source
+                sites.append(Site(fusion.name, path, source, refusal.code, refusal.reason))
+            else:
+                replaced |= names
+                if fusion.joins:
+                    calls[call] = match, [i for op in match.joined for i in calls.pop(op)[1]]
+                    for i in calls[call][1]:
+                        sites[i] = dataclasses.replace(sites[i], op=fusion.name)
+                    continue
+                calls[call] = match, [len(sites)]
+                sites.append(Site(fusion.name, path, source, op=fusion.name))
             log.debug("%s", sites[-1])
     if inputs_are_settled:
-        _allow_early_reads(graph, calls, around)
+        _allow_early_reads(graph, {call: match for call, (match, _) in calls.items()}, around)
     graph.lint()
-    replaced = {node.name for match in calls.values() for node in match.interior}
-    if _writes(graph) != [name for name in writes if name not in replaced]:
+    ours = {call.name for call in calls}
+    if [name for name in _writes(graph) if name not in ours] != [name for name in writes if name not in replaced]:
         raise AssertionError("rewriting changed the nodes that write in place, or their order")
     return sites
 
@@ -160,15 +167,29 @@ def _allow_early_reads(graph: Graph, calls: dict[Node, Match], around: validity.
     """Let ops read weights before the kernels that precede them have finished, where nothing can be writing those.
 
     Not the first op of the graph, nor one that does not follow another in the flow of data: the kernel before it may be
-    the user's own update of the weights. Not an op whose weights the graph computes or writes.
+    the user's own update of the weights. Not an op whose weights the graph computes or writes. What else an op reads
+    early (a mask) may be computed in the graph if an op that waits first, and that it follows, reads it too.
     """
-    behind: set[Node] = set()
+    settled: dict[Node, frozenset[Node]] = {}  # what was complete when some op before this node began
     for node in graph.nodes:
-        if any(source in behind or source in calls for source in node.all_input_nodes):
-            behind.add(node)
-    for call, match in calls.items():
-        fixed = all(weight.op in ("placeholder", "get_attr") for weight in match.parameters)
-        written = any(writes & storages(weight) for _, writes in around.mutations for weight in match.parameters)
-        takes_early = any(arg.name == "early" for arg in call.target._schema.arguments)  # type: ignore[union-attr]
-        if takes_early and call in behind and fixed and not written:
-            call.update_kwarg("early", True)
+        before = [settled[source] for source in node.all_input_nodes]
+        known = frozenset().union(*before) if any(before) else frozenset()
+        if node in calls:
+            match = calls[node]
+            takes_early = any(arg.name == "early" for arg in node.target._schema.arguments)
+            fixed = all(_is_input(read) or read in known for read in match.read_early)
+            fixed = fixed and all(map(_is_input, match.parameters))
+            if takes_early and known and fixed and not _written_by_others(match, around):
+                node.update_kwarg("early", True)
+            else:
+                known = known | {*node.all_input_nodes}
+        settled[node] = known
+
+
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _written_by_others(match: Match, around: validity.Surroundings) -> bool:
+    read = set().union(*map(storages, (*match.parameters, *match.read_early)))
+    return any(writes & read for node, writes in around.mutations if node not in match.interior)

@@ -92,8 +92,9 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     end = max(point, max(match.interior))
     touched = set().union(*(storages(node) for node in (*match.tensors, *match.interior)))
     own = set().union(*map(storages, match.interior)) - set().union(*map(storages, match.tensors))
+    own |= set().union(*map(storages, match.writes))
     for node, written in around.mutations:
-        # An in-place activation inside the region may write the region's own values, and nothing else.
+        # What writes in place inside the region may write the region's own values, and what the op writes too.
         if (written - own) if node in match.interior else (start < node < end and written & touched):
             raise Refused("mutation", f"'{node.name}' writes in place what the region reads", node)
 

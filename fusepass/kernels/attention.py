@@ -7,13 +7,15 @@ the last program of the first kernel costs 2.6 us more than a kernel of its own.
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import begin
+from fusepass.kernels.common import before_activations, begin, load_halves, norm_rope
 from fusepass.kernels.launch import cdiv, interpreted, next_power_of_2, pdl_options, run
 
 TILE_ROWS = 16
@@ -60,21 +62,78 @@ def _any_visible(mask_ptr, stride, length, WIDTH: tl.constexpr):
     return found
 
 
+@triton.jit
+def _load_block(
+    k_ptr, v_ptr, k_stride_t, v_stride_t, start, length,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The two halves of the keys, and the values, of the BLOCK positions from `start`."""
+    t = start + tl.arange(0, BLOCK)
+    inside = (t < length)[:, None]
+    t = t.to(tl.int64)[:, None]
+    h = tl.arange(0, BLOCK_H)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    k_lo = tl.load(k_ptr + t * k_stride_t + h, inside & (h < HALF), other=0.0)
+    k_hi = tl.load(k_ptr + t * k_stride_t + HALF + h, inside & (HALF + h < D), other=0.0)
+    v = tl.load(v_ptr + t * v_stride_t + d, inside & (d < D), other=0.0)
+    return k_lo, k_hi, v
+
+
+@triton.jit
+def _attend(
+    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
+    position_ptr, position, new_k_lo, new_k_hi, new_v,
+    mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The running max, sum of weights and weighted sum of values after one more block, in which the new token's key
+    and value stand at `position`, whatever was loaded there."""
+    t = start + tl.arange(0, BLOCK)
+    if position_ptr is not None:
+        here = (t == position)[:, None]
+        k_lo = tl.where(here, new_k_lo, k_lo)
+        k_hi = tl.where(here, new_k_hi, k_hi)
+        v = tl.where(here, new_v, v)
+    score = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
+    score = tl.dot(q_hi, tl.trans(k_hi), score, input_precision="ieee") * scale
+    inside = (t < length)[None, :]
+    if mask_ptr is not None:
+        offsets = mask_offsets[:, None] + t.to(tl.int64)[None, :] * mask_stride_t
+        score += _bias(mask_ptr, offsets, mask_rows[:, None] & inside)
+    else:
+        score = tl.where(inside, score, float("-inf"))
+    higher = tl.maximum(highest, tl.max(score, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
+    # log2(e) multiplies the difference: the score itself, -3.4e38 from a mask, would overflow.
+    weight = tl.exp2((score - base[:, None]) * _LOG2_E)
+    shrink = tl.exp2((highest - base) * _LOG2_E)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
 @triton.jit(do_not_specialize=["length", "splits"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, partial_ptr, stats_ptr, scale, length, splits,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
     mask_stride_b, mask_stride_h, mask_stride_s, mask_stride_t, out_stride_b, out_stride_h, out_stride_s,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, MASK_ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+    position_ptr, new_k_ptr, new_v_ptr, q_norm_ptr, k_norm_ptr, q_eps, k_eps,
+    cos_ptr, sin_ptr, cos_stride_b, cos_stride_d, sin_stride_b, sin_stride_d,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, MASK_ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    SCAN: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS = S * GROUP queries of one K/V head over blocks split, split + splits, ... of the cache.
 
     Splits are interleaved, so that a cache filled up to anywhere, or a sliding window, keeps all of them busy. Without
     `partial_ptr` there is one split, which writes the result; else the sum of its values weighted by exp(score - max),
     and in `stats` [2, batch * KV_HEADS * ROWS, splits] the max and the sum of the weights.
+
+    With `position_ptr` (one token) q is as projected, and so are `new_k` and `new_v` [B, KV_HEADS * D], of the token at
+    this position of the cache: q and new_k are normalised (where there is a weight) and rotated here, and the split
+    that has the position writes them to the cache. EARLY: the mask and the cache but for this position were there
+    before any kernel that may still run, and are read before the wait.
     """
-    begin(PDL, False)
+    begin(PDL, EARLY)
     group = tl.program_id(0)
     split = tl.program_id(1)
     batch = (group // KV_HEADS).to(tl.int64)
@@ -83,11 +142,14 @@ def attention_kernel(
     head = kv_head * GROUP + row % GROUP
     token = row // GROUP
     d = tl.arange(0, BLOCK_D)
-    valid = (row < ROWS)[:, None] & (d < D)[None, :]
+    h = tl.arange(0, BLOCK_H)[None, :]
     count = tl.cdiv(tl.cdiv(length, BLOCK) - split, splits)
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
 
     # Which blocks to walk: known on the device alone, since the fill of a static cache shows in the mask only.
     first, last = 0, count - 1
+    mask_offsets, mask_rows = row, row >= 0
     if mask_ptr is not None:
         mask_ptr += batch * mask_stride_b
         first, last = count, -1
@@ -111,58 +173,80 @@ def attention_kernel(
         i = tl.arange(0, TILE if MASK_ROWS > 1 else 1)
         mask_offsets = (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
         mask_rows = i < MASK_ROWS
+    end = tl.where(first <= last, length, 0)  # behind it nothing is read
+    k_lo, k_hi, v = _load_block(
+        k_ptr, v_ptr, k_stride_t, v_stride_t, (split + first * splits) * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+    )
+    q_norm_lo, q_norm_hi = load_halves(q_norm_ptr, 1, HALF, BLOCK_H)
+    k_norm_lo, k_norm_hi = load_halves(k_norm_ptr, 1, HALF, BLOCK_H)
+    before_activations(EARLY)
 
-    q_offsets = batch * q_stride_b + head * q_stride_h + token * q_stride_s
-    q = tl.load(q_ptr + q_offsets[:, None] + d[None, :], valid, other=0.0)
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    q_ptr += (batch * q_stride_b + head * q_stride_h + token * q_stride_s)[:, None]
+    q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
+    q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
+    position, new_k_lo, new_k_hi, new_v = -1, h, h, h
+    if position_ptr is not None:
+        # Every program loads and rotates the new key: one trip to L2 for all that is needed, where waiting for the
+        # position first would make it two (0.6 us a layer).
+        dtype: tl.constexpr = k_ptr.dtype.element_ty
+        place = tl.load(position_ptr)
+        new = (batch * KV_HEADS + kv_head) * D
+        new_k_lo, new_k_hi = load_halves(new_k_ptr + new, 1, HALF, BLOCK_H)
+        new_v = tl.load(new_v_ptr + new + d[None, :], (d < D)[None, :], other=0.0).to(dtype)
+        cos_lo, cos_hi = load_halves(cos_ptr + batch * cos_stride_b, cos_stride_d, HALF, BLOCK_H)
+        sin_lo, sin_hi = load_halves(sin_ptr + batch * sin_stride_b, sin_stride_d, HALF, BLOCK_H)
+        q_lo, q_hi = norm_rope(q_lo.to(tl.float32), q_hi.to(tl.float32), q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+                               cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
+        new_k_lo, new_k_hi = norm_rope(new_k_lo, new_k_hi, k_norm_ptr, k_norm_lo, k_norm_hi, k_eps,
+                                       cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
+        position = place.to(tl.int32)
+        # Behind a full cache there is no place, and no split has it.
+        if (place >= 0) & (place < length) & (position // BLOCK % splits == split):
+            tl.store(k_ptr + place * k_stride_t + h, new_k_lo, h < HALF)
+            tl.store(k_ptr + place * k_stride_t + HALF + h, new_k_hi, h < HALF)
+            tl.store(v_ptr + place * v_stride_t + d[None, :], new_v, (d < D)[None, :])
+
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_D], tl.float32)
     for n in range(first, last + 1):
-        t = (split + n * splits) * BLOCK + tl.arange(0, BLOCK)
-        inside = t < length
-        t = t.to(tl.int64)
-        loaded = inside[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + t[:, None] * k_stride_t + d[None, :], loaded, other=0.0)
-        v = tl.load(v_ptr + t[:, None] * v_stride_t + d[None, :], loaded, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if mask_ptr is not None:
-            read = mask_rows[:, None] & inside[None, :]
-            score += _bias(mask_ptr, mask_offsets[:, None] + t[None, :] * mask_stride_t, read)
-        else:
-            score = tl.where(inside[None, :], score, float("-inf"))
-        higher = tl.maximum(highest, tl.max(score, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-        # log2(e) multiplies the difference: the score itself, -3.4e38 from a mask, would overflow.
-        weight = tl.exp2((score - base[:, None]) * _LOG2_E)
-        shrink = tl.exp2((highest - base) * _LOG2_E)
-        total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        highest = higher
+        start = (split + n * splits) * BLOCK
+        end = tl.where(n < last, length, 0)
+        next_k_lo, next_k_hi, next_v = _load_block(
+            k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+        )
+        highest, total, acc = _attend(
+            highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
+            position_ptr, position, new_k_lo, new_k_hi, new_v,
+            mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+        )  # fmt: skip
+        k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
 
     if partial_ptr is None:
         # Where nothing is visible SDPA gives zeros.
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_offsets = batch * out_stride_b + head * out_stride_h + token * out_stride_s
-        tl.store(out_ptr + out_offsets[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), valid)
+        stored = (row < ROWS)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + out_offsets[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), stored)
     else:
         slot = (group.to(tl.int64) * ROWS + row) * splits + split
         all_slots = tl.num_programs(0).to(tl.int64) * ROWS * splits
         tl.store(stats_ptr + slot, highest, row < ROWS)
         tl.store(stats_ptr + all_slots + slot, total, row < ROWS)
         # The combine reads the sums of splits that saw something.
-        tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, valid & (total > 0.0)[:, None])
+        seen = ((row < ROWS) & (total > 0.0))[:, None] & (d < D)[None, :]
+        tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, seen)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     partial_ptr, stats_ptr, out_ptr, splits, out_stride_b, out_stride_h, out_stride_s,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[row] = the partial sums of all splits of one query in their order, over the sum of all weights."""
-    begin(PDL, False)
+    begin(PDL, EARLY)
+    before_activations(EARLY)
     row = tl.program_id(0).to(tl.int64)
     all_slots = tl.num_programs(0).to(tl.int64) * splits
     d = tl.arange(0, BLOCK_D)
@@ -199,30 +283,74 @@ def _programs(device: torch.device) -> int:
     return 2 * count
 
 
+class Plan(NamedTuple):
+    """How a launch is cut."""
+
+    block: int
+    """Positions of a block."""
+    splits: int
+    num_warps: int
+    combine_warps: int
+
+
 @functools.lru_cache(4096)
-def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Padded head size, positions of a block, splits, and blocks of a split whose mask is looked through at a time."""
-    block_d = max(16, next_power_of_2(size))
+def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> Plan:
     # 8 KB of K: 32 positions of a bf16 head of 128. Qwen3-0.6B at context 512 on an H200: 4.9 us for both kernels with
     # 32 splits of 32, 4 warps and a combine of one warp; 6.5 us with 16 of 64, 8 warps and 4.
-    block = max(16, min(64, 8192 // (block_d * element_size)))
-    blocks = cdiv(length, block)
-    splits = min(blocks, max(1, _programs(device) // groups))
-    # The mask of a split is looked through 2048 positions at a time.
-    return block_d, block, splits, min(next_power_of_2(cdiv(blocks, splits)), 2048 // block)
+    block = max(16, min(64, 8192 // (_block_d(size) * element_size)))
+    splits = min(cdiv(length, block), max(1, _programs(device) // groups))
+    return Plan(block, splits, num_warps=4, combine_warps=1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
+def _block_d(size: int) -> int:
+    return max(16, next_power_of_2(size))
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """The one token whose attention it is, as projected: `attention` normalises and rotates it and writes it to the
+    cache. k, v: [B, 1, Hkv * D] contiguous, in the cache's dtype or f32 ("high"); norm weights: [D] or None; cos, sin:
+    [1 or B, 1, 1, D]; position: int64 [1]."""
+
+    k: Tensor
+    v: Tensor
+    q_norm_weight: Tensor | None
+    q_eps: float
+    k_norm_weight: Tensor | None
+    k_eps: float
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    new: NewToken | None = None,
+    high: bool = False,
+    early: bool = False,
+) -> None:
     """Write softmax(scale * q k^T + mask) v to `out`.
 
     q, out: [B, Hq, S, D], S * Hq / Hkv at most `TILE_ROWS`; k, v: [B, Hkv, T, D]; all of stride 1 in D; mask: bool
-    (True: visible) or additive, broadcastable to [B, Hq, S, T], or None.
+    (True: visible) or additive, broadcastable to [B, Hq, S, T], or None. With `new` S is 1, q is as projected, and k
+    and v are written at its position, if they have it.
     """
     batch, q_heads, seq, size = q.shape
     kv_heads, length = k.shape[1:3]
     group = q_heads // kv_heads
     rows = seq * group
-    block_d, block, splits, scan = _plan(batch * kv_heads, size, length, q.element_size(), q.device)
+    half = cdiv(size, 2)
+    block_d = _block_d(size)
+    plan = _plan(batch * kv_heads, size, length, k.element_size(), q.device)
+    block, splits = plan.block, plan.splits
+    # The mask of a split is looked through 2048 positions at a time.
+    blocks = cdiv(cdiv(length, block), splits)
+    scan = min(next_power_of_2(blocks), 2048 // block)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     mask_rows = 1
     if mask is not None:
@@ -234,17 +362,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     if splits > 1:
         partial = torch.empty(batch * kv_heads * rows, splits, size, dtype=torch.float32, device=q.device)
         stats = torch.empty(2, batch * kv_heads * rows, splits, dtype=torch.float32, device=q.device)
+    token: tuple[Any, ...] = (None, None, None, None, None, 0.0, 0.0, None, None, 0, 0, 0, 0)
+    if new is not None:
+        cos, sin = (t.expand(batch, 1, 1, size) for t in (new.cos, new.sin))
+        token = (
+            new.position, new.k, new.v, new.q_norm_weight, new.k_norm_weight, new.q_eps, new.k_eps,
+            cos, sin, cos.stride(0), cos.stride(3), sin.stride(0), sin.stride(3),
+        )  # fmt: skip
     sizes = {"KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "D": size, "BLOCK_D": block_d}
     run(
         attention_kernel, (batch * kv_heads, splits),
         q, k, v, mask, out, partial, stats, scale, length, splits,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3],
-        **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, BLOCK=block, SCAN=scan,
-        num_warps=4, **pdl_options(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
+        **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)), BLOCK=block,
+        SCAN=scan, HIGH=high, num_warps=plan.num_warps,
+        **pdl_options(early),
     )  # fmt: skip
     if splits > 1:
         run(
             combine_kernel, (batch * kv_heads * rows,),
             partial, stats, out, splits, *out.stride()[:3],
-            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=1, **pdl_options(),
+            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=plan.combine_warps,
+            **pdl_options(early),
         )  # fmt: skip

@@ -50,6 +50,34 @@ def normalise(x, weight, rstd, dtype: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def norm_rope(
+    lo, hi, weight_ptr, weight_lo, weight_hi, eps, cos_lo, cos_hi, sin_lo, sin_hi,
+    D: tl.constexpr, dtype: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """The halves [heads, D / 2] (f32) of heads, normalised if there is a weight, and rotated, in `dtype`."""
+    if weight_ptr is not None:
+        rstd = tl.rsqrt((tl.sum(lo * lo, 1) + tl.sum(hi * hi, 1)) / D + eps)[:, None]
+        lo = normalise(lo, weight_lo, rstd, dtype, HIGH)
+        hi = normalise(hi, weight_hi, rstd, dtype, HIGH)
+    # q * cos + rotate_half(q) * sin, https://arxiv.org/abs/2104.09864, each product rounded as eager stores it.
+    out_lo = stored(lo * cos_lo, dtype, HIGH) - stored(hi * sin_lo, dtype, HIGH)
+    out_hi = stored(hi * cos_hi, dtype, HIGH) + stored(lo * sin_hi, dtype, HIGH)
+    return out_lo.to(dtype), out_hi.to(dtype)
+
+
+@triton.jit
+def load_halves(ptr, stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The two halves of a vector of 2 * HALF numbers, each [1, BLOCK_H] in f32; zeros if there is none."""
+    if ptr is None:
+        return 0.0, 0.0
+    else:
+        h = tl.arange(0, BLOCK_H)[None, :]
+        lo = tl.load(ptr + h * stride, h < HALF, other=0.0).to(tl.float32)
+        hi = tl.load(ptr + (HALF + h) * stride, h < HALF, other=0.0).to(tl.float32)
+        return lo, hi
+
+
+@triton.jit
 def inverse_rms(x_ptr, K: tl.constexpr, eps, BLOCK_K: tl.constexpr):
     """1 / sqrt(mean(x^2) + eps) of one contiguous row, in f32. Programs that share a row recompute it: the row
     is a few KB and stays in L2, while a kernel of its own would cost a launch."""

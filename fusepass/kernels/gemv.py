@@ -16,7 +16,7 @@ from torch import Tensor
 from fusepass import tuning
 from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise, stored
 from fusepass.kernels.common import gated as gated_value
-from fusepass.kernels.launch import block_k, cdiv, interpreted, interpreter_block_n, pdl, pdl_options, run
+from fusepass.kernels.launch import block_k, cdiv, interpreted, interpreter_block_n, pdl_options, run
 
 
 @triton.jit
@@ -30,38 +30,62 @@ def _load_weight(w_ptr, rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _load_row(x_ptr, norm_ptr, rstd, start, K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr):
-    """BLOCK_K activations of one row, normalised if there is a norm, as [1, BLOCK_K] in f32."""
-    k = start + tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + k, k < K, other=0.0).to(tl.float32)
-    if norm_ptr is not None:
-        weight = tl.load(norm_ptr + k, k < K, other=0.0).to(tl.float32)
-        x = normalise(x, weight, rstd, x_ptr.dtype.element_ty, HIGH)
-    return x[None, :]
+def _load_vector(ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K numbers as [1, BLOCK_K] in f32: activations, or the weight of a norm."""
+    k = start + tl.arange(0, BLOCK_K)[None, :]
+    return tl.load(ptr + k, k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _row_statistics(x_ptr, x_stride, norm_ptr, eps, row: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-                    BLOCK_K: tl.constexpr):  # fmt: skip
-    if norm_ptr is not None and row < M:
-        return inverse_rms(x_ptr + row * x_stride, K, eps, BLOCK_K)
+def _load_whole(x_ptr, x_stride, row: tl.constexpr, M: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A row, if there is one and a tile holds it: then it is read once, for its statistics and for the product."""
+    if x_ptr is not None and row < M and BLOCK_K >= K:
+        return _load_vector(x_ptr + row * x_stride, 0, K, BLOCK_K)
     else:
-        return 1.0
+        return 0.0
 
 
 @triton.jit
-def _store_row(
-    acc, y_ptr, bias_ptr, residual_ptr, residual_stride, row: tl.constexpr, n, N, HIGH: tl.constexpr
-):  # fmt: skip
+def _tile(x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+          HIGH: tl.constexpr):  # fmt: skip
+    """BLOCK_K activations of a row, normalised if there is a norm: of `x` if that is the whole row, else loaded."""
+    if BLOCK_K < K:
+        x = _load_vector(x_ptr + row * x_stride, start, K, BLOCK_K)
+        if norm_ptr is not None:
+            norm = _load_vector(norm_ptr, start, K, BLOCK_K)
+    if norm_ptr is None:
+        return x
+    else:
+        return normalise(x, norm, rstd, x_ptr.dtype.element_ty, HIGH)
+
+
+@triton.jit
+def _row_rstd(x, x_ptr, x_stride, norm_ptr, eps, row: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
+    """1 / rms of a row whose first BLOCK_K numbers are `x`."""
+    if norm_ptr is None or row >= M:
+        return 1.0
+    elif BLOCK_K >= K:
+        return tl.rsqrt(tl.sum(x * x) / K + eps)
+    else:
+        return inverse_rms(x_ptr + row * x_stride, K, eps, BLOCK_K)
+
+
+@triton.jit
+def _load_residual(residual_ptr, residual_stride, row: tl.constexpr, M: tl.constexpr, n, N):
+    if residual_ptr is None or row >= M:
+        return 0.0
+    else:
+        return tl.load(residual_ptr + row * residual_stride + n, n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_row(acc, y_ptr, bias, residual, residual_ptr, row: tl.constexpr, n, N, HIGH: tl.constexpr):
     """y[row, n] = sum over K of acc, plus bias, plus residual."""
-    y = tl.sum(acc, 1)
-    mask = n < N
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask, other=0.0).to(tl.float32)
+    y = tl.sum(acc, 1) + bias
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + n, mask, other=0.0).to(tl.float32)
         y = stored(y, y_ptr.dtype.element_ty, HIGH) + residual
-    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), n < N)
 
 
 @triton.jit
@@ -94,45 +118,53 @@ def linear_rows_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)  # a clamped row costs no predicate; its result is not stored
     w = _load_weight(w_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
+    norm = _load_whole(norm_ptr, 0, 0, M, K, BLOCK_K)
+    bias = 0.0
+    if b0_ptr is not None:
+        bias = tl.load(b_ptr + n, n < N, other=0.0).to(tl.float32)
     before_activations(EARLY)
 
-    rstd0 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
-    rstd1 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
-    rstd2 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 2, M, K, BLOCK_K)
-    rstd3 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
+    # Everything that the result depends on is asked for before the first reduction: one trip to L2, not three.
+    x0 = _load_whole(x_ptr, x_stride, 0, M, K, BLOCK_K)
+    x1 = _load_whole(x_ptr, x_stride, 1, M, K, BLOCK_K)
+    x2 = _load_whole(x_ptr, x_stride, 2, M, K, BLOCK_K)
+    x3 = _load_whole(x_ptr, x_stride, 3, M, K, BLOCK_K)
+    residual0 = _load_residual(residual_ptr, residual_stride, 0, M, n, N)
+    residual1 = _load_residual(residual_ptr, residual_stride, 1, M, n, N)
+    residual2 = _load_residual(residual_ptr, residual_stride, 2, M, n, N)
+    residual3 = _load_residual(residual_ptr, residual_stride, 3, M, n, N)
+    rstd0 = _row_rstd(x0, x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
+    rstd1 = _row_rstd(x1, x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
+    rstd2 = _row_rstd(x2, x_ptr, x_stride, norm_ptr, eps, 2, M, K, BLOCK_K)
+    rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for start in range(0, K, BLOCK_K):
-        acc0 += w * _load_row(x_ptr, norm_ptr, rstd0, start, K, BLOCK_K, HIGH)
+        acc0 += w * _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
         if M > 1:
-            acc1 += w * _load_row(x_ptr + x_stride, norm_ptr, rstd1, start, K, BLOCK_K, HIGH)
+            acc1 += w * _tile(x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, K, BLOCK_K, HIGH)
         if M > 2:
-            acc2 += w * _load_row(x_ptr + 2 * x_stride, norm_ptr, rstd2, start, K, BLOCK_K, HIGH)
+            acc2 += w * _tile(x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2, K, BLOCK_K, HIGH)
         if M > 3:
-            acc3 += w * _load_row(x_ptr + 3 * x_stride, norm_ptr, rstd3, start, K, BLOCK_K, HIGH)
+            acc3 += w * _tile(x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3, K, BLOCK_K, HIGH)
         if start + BLOCK_K < K:
             w = _load_weight(w_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
-    _store_row(acc0, y_ptr, b_ptr, residual_ptr, residual_stride, 0, n, N, HIGH)
+    _store_row(acc0, y_ptr, bias, residual0, residual_ptr, 0, n, N, HIGH)
     if M > 1:
-        _store_row(acc1, y_ptr, b_ptr, residual_ptr, residual_stride, 1, n, N, HIGH)
+        _store_row(acc1, y_ptr, bias, residual1, residual_ptr, 1, n, N, HIGH)
     if M > 2:
-        _store_row(acc2, y_ptr, b_ptr, residual_ptr, residual_stride, 2, n, N, HIGH)
+        _store_row(acc2, y_ptr, bias, residual2, residual_ptr, 2, n, N, HIGH)
     if M > 3:
-        _store_row(acc3, y_ptr, b_ptr, residual_ptr, residual_stride, 3, n, N, HIGH)
+        _store_row(acc3, y_ptr, bias, residual3, residual_ptr, 3, n, N, HIGH)
 
 
 @triton.jit
 def _store_gated_row(
-    gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row: tl.constexpr, n, N,
-    ACTIVATION: tl.constexpr, HIGH: tl.constexpr,
+    gate, up, gate_bias, up_bias, y_ptr, row: tl.constexpr, n, N, ACTIVATION: tl.constexpr, HIGH: tl.constexpr
 ):  # fmt: skip
-    gate, up = tl.sum(gate, 1), tl.sum(up, 1)
-    mask = n < N
-    if gate_bias_ptr is not None:
-        gate += tl.load(gate_bias_ptr + n, mask, other=0.0).to(tl.float32)
-        up += tl.load(up_bias_ptr + n, mask, other=0.0).to(tl.float32)
+    gate, up = tl.sum(gate, 1) + gate_bias, tl.sum(up, 1) + up_bias
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    tl.store(y_ptr + row * N + n, gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), mask)
+    tl.store(y_ptr + row * N + n, gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), n < N)
 
 
 @triton.jit
@@ -148,40 +180,49 @@ def gated_rows_kernel(
     rows = tl.minimum(n, N - 1)
     g = _load_weight(gate_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
     u = _load_weight(up_ptr, rows, 0, K, BLOCK_K).to(tl.float32)
+    norm = _load_whole(norm_ptr, 0, 0, M, K, BLOCK_K)
+    gate_bias, up_bias = 0.0, 0.0
+    if gate_bias_ptr is not None:
+        gate_bias = tl.load(gate_bias_ptr + n, n < N, other=0.0).to(tl.float32)
+        up_bias = tl.load(up_bias_ptr + n, n < N, other=0.0).to(tl.float32)
     before_activations(EARLY)
 
-    rstd0 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
-    rstd1 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
-    rstd2 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 2, M, K, BLOCK_K)
-    rstd3 = _row_statistics(x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
+    x0 = _load_whole(x_ptr, x_stride, 0, M, K, BLOCK_K)
+    x1 = _load_whole(x_ptr, x_stride, 1, M, K, BLOCK_K)
+    x2 = _load_whole(x_ptr, x_stride, 2, M, K, BLOCK_K)
+    x3 = _load_whole(x_ptr, x_stride, 3, M, K, BLOCK_K)
+    rstd0 = _row_rstd(x0, x_ptr, x_stride, norm_ptr, eps, 0, M, K, BLOCK_K)
+    rstd1 = _row_rstd(x1, x_ptr, x_stride, norm_ptr, eps, 1, M, K, BLOCK_K)
+    rstd2 = _row_rstd(x2, x_ptr, x_stride, norm_ptr, eps, 2, M, K, BLOCK_K)
+    rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     gate0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate1, gate2, gate3, up0, up1, up2, up3 = gate0, gate0, gate0, gate0, gate0, gate0, gate0
     for start in range(0, K, BLOCK_K):
-        x = _load_row(x_ptr, norm_ptr, rstd0, start, K, BLOCK_K, HIGH)
+        x = _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
         gate0 += g * x
         up0 += u * x
         if M > 1:
-            x = _load_row(x_ptr + x_stride, norm_ptr, rstd1, start, K, BLOCK_K, HIGH)
+            x = _tile(x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, K, BLOCK_K, HIGH)
             gate1 += g * x
             up1 += u * x
         if M > 2:
-            x = _load_row(x_ptr + 2 * x_stride, norm_ptr, rstd2, start, K, BLOCK_K, HIGH)
+            x = _tile(x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2, K, BLOCK_K, HIGH)
             gate2 += g * x
             up2 += u * x
         if M > 3:
-            x = _load_row(x_ptr + 3 * x_stride, norm_ptr, rstd3, start, K, BLOCK_K, HIGH)
+            x = _tile(x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3, K, BLOCK_K, HIGH)
             gate3 += g * x
             up3 += u * x
         if start + BLOCK_K < K:
             g = _load_weight(gate_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
             u = _load_weight(up_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
-    _store_gated_row(gate0, up0, y_ptr, gate_bias_ptr, up_bias_ptr, 0, n, N, ACTIVATION, HIGH)
+    _store_gated_row(gate0, up0, gate_bias, up_bias, y_ptr, 0, n, N, ACTIVATION, HIGH)
     if M > 1:
-        _store_gated_row(gate1, up1, y_ptr, gate_bias_ptr, up_bias_ptr, 1, n, N, ACTIVATION, HIGH)
+        _store_gated_row(gate1, up1, gate_bias, up_bias, y_ptr, 1, n, N, ACTIVATION, HIGH)
     if M > 2:
-        _store_gated_row(gate2, up2, y_ptr, gate_bias_ptr, up_bias_ptr, 2, n, N, ACTIVATION, HIGH)
+        _store_gated_row(gate2, up2, gate_bias, up_bias, y_ptr, 2, n, N, ACTIVATION, HIGH)
     if M > 3:
-        _store_gated_row(gate3, up3, y_ptr, gate_bias_ptr, up_bias_ptr, 3, n, N, ACTIVATION, HIGH)
+        _store_gated_row(gate3, up3, gate_bias, up_bias, y_ptr, 3, n, N, ACTIVATION, HIGH)
 
 
 def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
@@ -223,7 +264,7 @@ def linears(
         linear_rows_kernel, grid,
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
         residual, 0 if residual is None else residual.stride(0), M=m, K=k, HIGH=high,
-        EARLY=early and pdl(), **pdl_options(), **config,
+        **pdl_options(early), **config,
     )  # fmt: skip
 
 
@@ -247,5 +288,5 @@ def gated(
     run(
         gated_rows_kernel, (cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
-        M=m, K=k, ACTIVATION=activation, HIGH=high, EARLY=early and pdl(), **pdl_options(), **config,
+        M=m, K=k, ACTIVATION=activation, HIGH=high, **pdl_options(early), **config,
     )  # fmt: skip

@@ -30,9 +30,10 @@ def pdl() -> bool:
 
 
 @functools.cache
-def pdl_options() -> dict[str, bool]:
-    """Launch options of a kernel with a PDL constexpr. Other back ends do not know `launch_pdl`."""
-    return {"PDL": True, "launch_pdl": True} if pdl() else {"PDL": False}
+def pdl_options(early: bool) -> dict[str, bool]:
+    """Launch options of a kernel with the constexprs PDL and EARLY (see `common.begin`). Other back ends do not know
+    `launch_pdl`."""
+    return {"PDL": True, "EARLY": early, "launch_pdl": True} if pdl() else {"PDL": False, "EARLY": False}
 
 
 @functools.cache

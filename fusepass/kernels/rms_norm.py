@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import begin, inverse_rms, normalise
+from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise
 from fusepass.kernels.launch import block_k, pdl_options, run
 
 
@@ -14,10 +14,11 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, eps,
     size1, size2,  # row r is x[r // (size1 * size2), r // size2 % size1, r % size2]
     stride0, stride1, stride2,  # of x and of out
-    K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[r, :] = RMSNorm(x[r, :]) * weight over the last dimension (stride 1) of a tensor with three leading ones."""
-    begin(PDL, False)
+    begin(PDL, EARLY)
+    before_activations(EARLY)
     row = tl.program_id(0).to(tl.int64)
     offset = row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
     x_ptr += offset
@@ -31,7 +32,7 @@ def rms_norm_kernel(
         tl.store(out_ptr + k, normalise(x, weight, rstd, dtype, HIGH).to(dtype), k < K)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool, early: bool = False) -> Tensor:
     """RMSNorm over the last dimension of x, in x's memory layout. x: [..., K], any strides; weight: [K]."""
     out = torch.empty_like(x)
     if x.numel() == 0:
@@ -39,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool) -> Tensor:
     if x.dim() > 4 or x.stride(-1) != 1 or out.stride() != x.stride():
         # The kernel takes three leading dimensions and a dense last one. Models have no other form.
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        return out.copy_(rms_norm(flat, weight, eps, high).view(x.shape))
+        return out.copy_(rms_norm(flat, weight, eps, high, early).view(x.shape))
     sizes = (1,) * (4 - x.dim()) + tuple(x.shape)
     strides = ((0,) * (4 - x.dim()) + x.stride())[:3]
     block = block_k(sizes[3], 16384)
@@ -47,6 +48,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, high: bool) -> Tensor:
         rms_norm_kernel, (sizes[0] * sizes[1] * sizes[2],),
         x, weight, out, eps, sizes[1], sizes[2], *strides,
         K=sizes[3], BLOCK_K=block, HIGH=high, num_warps=max(1, min(16, block // 512)),
-        **pdl_options(),
+        **pdl_options(early),
     )  # fmt: skip
     return out

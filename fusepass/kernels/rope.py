@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusepass.kernels.common import begin, normalise, stored
+from fusepass.kernels.common import before_activations, begin, load_halves, norm_rope
 from fusepass.kernels.launch import cdiv, interpreted, next_power_of_2, pdl_options, run
 
 
@@ -17,25 +17,17 @@ def _rotate_heads(
     """Normalise and rotate BLOCK_H heads of one token. The two halves of a head are loaded, rotated and stored by
     the same threads, so `out_ptr` may be `raw_ptr`."""
     half: tl.constexpr = D // 2
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
     heads = head + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     mask = (heads < HEADS)[:, None] & (d < half)[None, :]
     offsets = row * HEADS * D + heads[:, None] * D + d[None, :]
     lo = tl.load(raw_ptr + offsets, mask, other=0.0).to(tl.float32)
     hi = tl.load(raw_ptr + offsets + half, mask, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        mean = (tl.sum(lo * lo, 1) + tl.sum(hi * hi, 1)) / D
-        rstd = tl.rsqrt(mean + eps)[:, None]
-        w_lo = tl.load(weight_ptr + d, d < half, other=0.0).to(tl.float32)[None, :]
-        w_hi = tl.load(weight_ptr + half + d, d < half, other=0.0).to(tl.float32)[None, :]
-        lo = normalise(lo, w_lo, rstd, dtype, HIGH)
-        hi = normalise(hi, w_hi, rstd, dtype, HIGH)
-    # q * cos + rotate_half(q) * sin, https://arxiv.org/abs/2104.09864, each product rounded as eager stores it.
-    out_lo = stored(lo * cos_lo, dtype, HIGH) - stored(hi * sin_lo, dtype, HIGH)
-    out_hi = stored(hi * cos_hi, dtype, HIGH) + stored(lo * sin_hi, dtype, HIGH)
-    tl.store(out_ptr + offsets, out_lo.to(dtype), mask)
-    tl.store(out_ptr + offsets + half, out_hi.to(dtype), mask)
+    weight_lo, weight_hi = load_halves(weight_ptr, 1, half, BLOCK_D)
+    lo, hi = norm_rope(lo, hi, weight_ptr, weight_lo, weight_hi, eps, cos_lo, cos_hi, sin_lo, sin_hi,
+                       D, out_ptr.dtype.element_ty, HIGH)  # fmt: skip
+    tl.store(out_ptr + offsets, lo, mask)
+    tl.store(out_ptr + offsets + half, hi, mask)
 
 
 @triton.jit
@@ -45,19 +37,18 @@ def qk_norm_rope_kernel(
     seq, q_blocks,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """q, k: [batch * seq, heads, D] contiguous; cos, sin: [batch, seq, D] with any strides (0 broadcasts)."""
-    begin(PDL, False)
+    begin(PDL, EARLY)
+    before_activations(EARLY)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     half: tl.constexpr = D // 2
-    d = tl.arange(0, BLOCK_D)
     cos_ptr += row // seq * cos_stride_b + row % seq * cos_stride_s
     sin_ptr += row // seq * sin_stride_b + row % seq * sin_stride_s
-    cos_lo = tl.load(cos_ptr + d * cos_stride_d, d < half, other=0.0).to(tl.float32)[None, :]
-    cos_hi = tl.load(cos_ptr + (half + d) * cos_stride_d, d < half, other=0.0).to(tl.float32)[None, :]
-    sin_lo = tl.load(sin_ptr + d * sin_stride_d, d < half, other=0.0).to(tl.float32)[None, :]
-    sin_hi = tl.load(sin_ptr + (half + d) * sin_stride_d, d < half, other=0.0).to(tl.float32)[None, :]
+    cos_lo, cos_hi = load_halves(cos_ptr, cos_stride_d, half, BLOCK_D)
+    sin_lo, sin_hi = load_halves(sin_ptr, sin_stride_d, half, BLOCK_D)
     if block < q_blocks:
         _rotate_heads(q_raw_ptr, q_ptr, q_weight_ptr, q_eps, block * BLOCK_H, Q_HEADS,
                       row, cos_lo, cos_hi, sin_lo, sin_hi, D, BLOCK_H, BLOCK_D, HIGH)  # fmt: skip
@@ -79,6 +70,7 @@ def qk_norm_rope(
     sin: Tensor,
     head_dim: int,
     high: bool,
+    early: bool,
 ) -> None:
     """Write the normalised (where there is a weight) and rotated `q_raw`, `k_raw` to `q`, `k`, which may be the same.
 
@@ -96,5 +88,5 @@ def qk_norm_rope(
         cos, sin, cos.stride(0), cos.stride(2), cos.stride(3), sin.stride(0), sin.stride(2), sin.stride(3),
         seq, q_blocks, Q_HEADS=q_heads, K_HEADS=k_heads, D=head_dim,
         BLOCK_H=block_h, BLOCK_D=next_power_of_2(head_dim // 2), HIGH=high, num_warps=4,
-        **pdl_options(),
+        **pdl_options(early),
     )  # fmt: skip

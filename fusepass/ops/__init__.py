@@ -3,7 +3,15 @@
 Importing this package registers them. It needs no GPU and no Triton; kernels are imported when an op first launches.
 """
 
-from fusepass.ops import attention, linear_residual, norm_gated_mlp, norm_linear, norm_qkv_rope, rms_norm
+from fusepass.ops import (
+    attention,
+    linear_residual,
+    norm_gated_mlp,
+    norm_linear,
+    norm_qkv_rope,
+    rms_norm,
+    self_attention,
+)
 from fusepass.ops.library import OPS, Op, force_strategy
 
 __all__ = [
@@ -16,4 +24,5 @@ __all__ = [
     "norm_linear",
     "norm_qkv_rope",
     "rms_norm",
+    "self_attention",
 ]

@@ -32,26 +32,36 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
-    expect_activation(OP, "q", q, ndim=4)
-    batch, heads, seq, size = q.shape
-    for name, x in (("k", k), ("v", v)):
-        same = x.dim() == 4 and x.shape[0] == batch and x.shape[3] == size
-        same = same and x.shape[1] > 0 and heads % x.shape[1] == 0 and x.dtype == q.dtype and x.device == q.device
+def check_cache(op: str, x: Tensor, shape: tuple[int, ...], k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Raise ValueError unless k, v and mask fit queries of `shape` [B, Hq, S, D], and x's dtype and device."""
+    batch, heads, seq, size = shape
+    for name, cache in (("k", k), ("v", v)):
+        same = cache.dim() == 4 and cache.shape[0] == batch and cache.shape[3] == size and cache.shape[1] > 0
+        same = same and heads % cache.shape[1] == 0 and cache.dtype == x.dtype and cache.device == x.device
         wanted = f"[{batch}, a divisor of {heads}, any, {size}]"
-        expect(same, OP, name, x, f"a {q.dtype} tensor of shape {wanted} on {q.device}")
-    expect(v.shape == k.shape, OP, "v", v, f"k's shape, {tuple(k.shape)}")
+        expect(same, op, name, cache, f"a {x.dtype} tensor of shape {wanted} on {x.device}")
+    expect(v.shape == k.shape, op, "v", v, f"k's shape, {tuple(k.shape)}")
     if mask is not None:
         sizes = zip(mask.shape, (batch, heads, seq, k.shape[2]))
         fits = mask.dim() == 4 and all(got == 1 or got == want for got, want in sizes)
-        fits = fits and mask.dtype in (torch.bool, q.dtype) and mask.device == q.device
+        fits = fits and mask.dtype in (torch.bool, x.dtype) and mask.device == x.device
         wanted = f"[{batch}, {heads}, {seq}, {k.shape[2]}]"
-        expect(fits, OP, "mask", mask, f"torch.bool or {q.dtype}, broadcastable to {wanted}, on {q.device}")
+        expect(fits, op, "mask", mask, f"torch.bool or {x.dtype}, broadcastable to {wanted}, on {x.device}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
+    expect_activation(OP, "q", q, ndim=4)
+    check_cache(OP, q, tuple(q.shape), k, v, mask)
 
 
 def _output(q: Tensor) -> Tensor:
     batch, heads, seq, size = q.shape
     return q.new_empty(batch, seq, heads, size).transpose(1, 2)
+
+
+def takes(queries: int, *tensors: Tensor) -> bool:
+    """Whether the kernel takes so many queries a K/V head, and these tensors: none empty, the last dimension dense."""
+    return queries <= ROWS_LIMIT and all(t.numel() and t.stride(-1) == 1 for t in tensors)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -61,8 +71,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     from fusepass.kernels.attention import attention
 
-    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= ROWS_LIMIT
-    if not few or not q.numel() or not k.numel() or any(x.stride(3) != 1 for x in (q, k, v)):
+    if not takes(q.shape[2] * (q.shape[1] // k.shape[1]), q, k, v):
         return reference(q, k, v, mask, scale)
     out = _output(q)
     attention(q, k, v, mask, scale, out)

@@ -32,11 +32,15 @@ _forced: Strategy | None = None
 
 @dataclass(frozen=True)
 class Op:
-    """A registered operator. `reference` is the same function in plain torch, on any device."""
+    """A registered operator, and the functions it was defined by: see `define`."""
 
     name: str
     overload: torch._ops.OpOverload
     reference: Callable[..., Any]
+    """The same function in plain torch, on any device."""
+    launch: Callable[..., Any]
+    """The kernels, without a check of the arguments."""
+    check: Callable[..., None]
 
 
 OPS: dict[str, Op] = {}
@@ -176,5 +180,5 @@ def define(
     LIBRARY.impl(name, _checked(check, _cpu(name, reference, launch)), "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     LIBRARY.impl(name, _autograd(name, overload, on_cuda), "Autograd")
-    OPS[name] = Op(name, overload, reference)
+    OPS[name] = Op(name, overload, reference, launch, check)
     return OPS[name]

@@ -13,7 +13,7 @@ from fusepass.ops.project import as_rows, project
 OP = "norm_qkv_rope"
 
 
-def _heads(x: Tensor, head_dim: int) -> Tensor:
+def heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, S, H * D] as [B, H, S, D], the view that attention reads."""
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
@@ -57,9 +57,9 @@ def reference(
         q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight = (
             None if t is None else t.float() for t in (q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight)
         )
-    query = _heads(F.linear(h, q, q_bias), head_dim)
-    key = _heads(F.linear(h, k, k_bias), head_dim)
-    value = _heads(F.linear(h, v, v_bias), head_dim)
+    query = heads(F.linear(h, q, q_bias), head_dim)
+    key = heads(F.linear(h, k, k_bias), head_dim)
+    value = heads(F.linear(h, v, v_bias), head_dim)
     if q_norm_weight is not None:
         query = rms_norm.reference(query, q_norm_weight, q_norm_eps, high)
     if k_norm_weight is not None:
@@ -108,7 +108,7 @@ def _fake(
     x: Tensor, norm_weight: Tensor | None, norm_eps: float, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     head_dim = rest[9]
-    return tuple(_heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))
+    return tuple(heads(x.new_empty(*x.shape[:2], w.shape[0]), head_dim) for w in (q, k, v))
 
 
 def _launch(
@@ -144,9 +144,21 @@ def _launch(
         if high:
             value.copy_(raw[2])
         qk_norm_rope(
-            raw[0], raw[1], query, key, q_norm_weight, k_norm_weight, q_norm_eps, k_norm_eps, cos, sin, head_dim, high
+            raw[0],
+            raw[1],
+            query,
+            key,
+            q_norm_weight,
+            k_norm_weight,
+            q_norm_eps,
+            k_norm_eps,
+            cos,
+            sin,
+            head_dim,
+            high,
+            early=True,  # behind a kernel of ours: see `project`
         )
-    return _heads(query, head_dim), _heads(key, head_dim), _heads(value, head_dim)
+    return heads(query, head_dim), heads(key, head_dim), heads(value, head_dim)
 
 
 norm_qkv_rope = define(

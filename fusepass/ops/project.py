@@ -60,8 +60,8 @@ def project(
             outs[0].add_(residual)
     elif how == "skinny":
         if norm_weight is not None:
-            x = rms_norm(x, norm_weight, eps, high)
-        skinny.linears(x, weights, _all_or_none(biases, weights), outs, residual, high)
+            x, early = rms_norm(x, norm_weight, eps, high, early), True
+        skinny.linears(x, weights, _all_or_none(biases, weights), outs, residual, high, early)
     else:
         gemv.linears(x, norm_weight, eps, weights, _all_or_none(biases, weights), outs, residual, high, early)
 
@@ -85,7 +85,7 @@ def gate_up(
 
     how = strategy(x.shape[0])
     if how != "rows" and norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps, high)
+        x, early = rms_norm(x, norm_weight, eps, high, early), True
     if how == "library":
         gated = F.linear(x, gate, gate_bias)
         gated_mul(gated, F.linear(x, up, up_bias), gated, activation, high)
@@ -93,7 +93,7 @@ def gate_up(
     out = x.new_empty(x.shape[0], gate.shape[0])
     gate_bias, up_bias = _all_or_none((gate_bias, up_bias), (gate, up))
     if how == "skinny":
-        skinny.gated(x, gate, up, gate_bias, up_bias, out, activation, high)
+        skinny.gated(x, gate, up, gate_bias, up_bias, out, activation, high, early)
     else:
         gemv.gated(x, norm_weight, eps, gate, up, gate_bias, up_bias, out, activation, high, early)
     return out

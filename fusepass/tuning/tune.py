@@ -8,8 +8,10 @@ in several processes.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fusepass import tuning
 from fusepass.ops.library import ROWS_LIMIT
@@ -35,7 +38,7 @@ class Problem(NamedTuple):
 
     @property
     def skinny(self) -> bool:
-        """Whether the tensor-core kernels run it: then `m` is the rows rounded up to a tile, 16, 32 or 64."""
+        """Whether the tensor-core kernels run it: then `m` is the rows rounded up to a tile, 8, 16, 32 or 64."""
         return self.m > ROWS_LIMIT
 
     def key(self) -> str:
@@ -43,14 +46,17 @@ class Problem(NamedTuple):
         return tuning.key(kernel, self.m, sum(self.sizes), self.k, torch.bfloat16)
 
 
-def problems(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, m: int) -> list[Problem]:
-    """The four matrix-vector products of a decoder layer."""
+def problems(
+    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int, m: int
+) -> list[Problem]:
+    """The four products of a decoder layer, and that of the language-model head."""
     q, kv = heads * head_dim, kv_heads * head_dim
     return [
         Problem("linears", m, (q, kv, kv), hidden, residual=False, norm=True),
         Problem("linears", m, (hidden,), q, residual=True, norm=False),
         Problem("gated", m, (intermediate,), hidden, residual=False, norm=True),
         Problem("linears", m, (hidden,), intermediate, residual=True, norm=False),
+        Problem("linears", m, (vocabulary,), hidden, residual=False, norm=True),
     ]
 
 
@@ -58,10 +64,15 @@ def candidates(problem: Problem) -> Iterator[Config]:
     """Rows: blocks that give a thread 16 to 128 weights of each row to hold. Skinny: tiles that fit shared memory."""
     matrices = 2 if problem.kernel == "gated" else 1
     if problem.skinny:
-        for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
-            shared = (n * matrices + problem.m) * k * 2 * stages
-            if 48 << 10 <= shared <= 200 << 10 and n * problem.m <= 8192 // matrices:
-                yield {"BLOCK_M": problem.m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for n, slices, k, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
+            step = slices * k
+            held = n * step * matrices / (32 * warps)
+            if step >= 2 * problem.k or slices > 2 * warps or not 16 <= held <= 128 or n * problem.m > 8192 // matrices:
+                continue
+            for stages in (3, 4, 5) if step < problem.k else (1,):
+                if (n * matrices + problem.m) * step * 2 * stages <= 200 << 10:
+                    tile = {"BLOCK_M": problem.m, "BLOCK_N": n, "SLICES": slices, "BLOCK_K": k}
+                    yield {**tile, "num_warps": warps, "num_stages": stages}
         return
     top = 1 << (problem.k - 1).bit_length()
     for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
@@ -86,11 +97,11 @@ def launches(problem: Problem, copies: int) -> list[Callable[[], None]]:
         if problem.kernel == "gated":
             gate, up = new(problem.sizes[0], problem.k), new(problem.sizes[0], problem.k)
             if problem.skinny:
-                return lambda: skinny.gated(x, gate, up, None, None, outs[0], "silu", False)
+                return lambda: skinny.gated(x, gate, up, None, None, outs[0], "silu", False, True)
             return lambda: gemv.gated(x, norm, 1e-6, gate, up, None, None, outs[0], "silu", False, True)
         weights = [new(n, problem.k) for n in problem.sizes]
         if problem.skinny:
-            return lambda: skinny.linears(x, weights, none, outs, residual, False)
+            return lambda: skinny.linears(x, weights, none, outs, residual, False, True)
         return lambda: gemv.linears(x, norm, 1e-6, weights, none, outs, residual, False, True)
 
     return [one() for _ in range(copies)]
@@ -100,15 +111,20 @@ def compile_all(work: list[tuple[Problem, Config]]) -> None:
     """Run each candidate once, so that Triton's cache on disk has it."""
     for problem, config in work:
         tuning.forced = config
-        launches(problem, 1)[0]()
+        with contextlib.suppress(OutOfResources):
+            launches(problem, 1)[0]()
     torch.cuda.synchronize()
 
 
 def microseconds(chain: list[Callable[[], None]], config: Config, rounds: int = 5) -> float:
-    """Time of one launch in a CUDA graph of the whole chain: the median over `rounds` of ten replays."""
+    """Time of one launch in a CUDA graph of the whole chain: the median over `rounds` of ten replays; infinite if the
+    GPU has not what it takes."""
     tuning.forced = config
-    for launch in chain[:2]:
-        launch()
+    try:
+        for launch in chain[:2]:
+            launch()
+    except OutOfResources:
+        return math.inf
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for launch in chain:
@@ -148,14 +164,21 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", required=True, help="hub names, folders or config.json files")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="activation rows: 1 to 4, 16, 32, 64")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="activation rows: 1 to 4, 8, 16, 32, 64")
     parser.add_argument("--processes", type=int, default=8, help="processes that compile")
     parser.add_argument("--out", type=Path, help="table to write; default: this user's table")
     args = parser.parse_args()
     todo: dict[str, Problem] = {}
     for name in args.model:
         c = AutoConfig.from_pretrained(name)
-        sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        sizes = (
+            c.hidden_size,
+            c.intermediate_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.vocab_size,
+        )
         todo.update({p.key(): p for m in args.rows for p in problems(*sizes, m)})
     out = args.out or tuning.user_table()
     known = json.loads(out.read_text()) if out.is_file() else {}

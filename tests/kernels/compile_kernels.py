@@ -112,13 +112,16 @@ def op_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     table = empty(case.batch, 1, case.seq, head_dim)
     cache = empty(case.batch, model.kv_heads, 1024, head_dim)
     visible = torch.empty(case.batch, 1, case.seq, 1024, dtype=torch.bool, device="meta")
+    projection = (
+        x, norm, eps, empty(q_size, hidden), empty(kv_size, hidden), empty(kv_size, hidden), *biases,
+        *head_norm, *head_norm, table, table, head_dim,
+    )  # fmt: skip
+    position = torch.empty(case.seq, dtype=torch.int64, device="meta")
     return {
         "attention": (empty(case.batch, case.seq, model.heads, head_dim).transpose(1, 2), cache, cache, visible, 1.0),
         "rms_norm": (x, norm, eps, high),
-        "norm_qkv_rope": (
-            x, norm, eps, empty(q_size, hidden), empty(kv_size, hidden), empty(kv_size, hidden), *biases,
-            *head_norm, *head_norm, table, table, head_dim, high,
-        ),
+        "norm_qkv_rope": (*projection, high),
+        "self_attention": (*projection, cache, cache, position, visible, 1.0, high),
         "linear_residual": (empty(case.batch, case.seq, q_size), empty(hidden, q_size), None, x, high),
         "norm_linear": (x, norm, eps, empty(151936, hidden), None, 0, high),  # Qwen3's vocabulary
         "norm_gated_mlp": (
@@ -150,7 +153,7 @@ def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
         arguments = op_arguments(case)
         for name, op in OPS.items():
             op.overload(*arguments[name])  # on meta tensors, this only checks the arguments
-            importlib.import_module(f"fusepass.ops.{name}")._launch(*arguments[name])
+            op.launch(*arguments[name])
     return launched
 
 
