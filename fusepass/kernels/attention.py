@@ -82,17 +82,10 @@ def _load_block(
 @triton.jit
 def _attend(
     highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
-    position_ptr, position, new_k_lo, new_k_hi, new_v,
     mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The running max, sum of weights and weighted sum of values after one more block, in which the new token's key
-    and value stand at `position`, whatever was loaded there."""
+    """The running max, sum of weights and weighted sum of values after one more block."""
     t = start + tl.arange(0, BLOCK)
-    if position_ptr is not None:
-        here = (t == position)[:, None]
-        k_lo = tl.where(here, new_k_lo, k_lo)
-        k_hi = tl.where(here, new_k_hi, k_hi)
-        v = tl.where(here, new_v, v)
     score = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
     score = tl.dot(q_hi, tl.trans(k_hi), score, input_precision="ieee") * scale
     inside = (t < length)[None, :]
@@ -120,7 +113,7 @@ def attention_kernel(
     cos_ptr, sin_ptr, cos_stride_b, cos_stride_d, sin_stride_b, sin_stride_d,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, MASK_ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
-    SCAN: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    SCAN: tl.constexpr, AHEAD: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS = S * GROUP queries of one K/V head over blocks split, split + splits, ... of the cache.
 
@@ -173,10 +166,10 @@ def attention_kernel(
         i = tl.arange(0, TILE if MASK_ROWS > 1 else 1)
         mask_offsets = (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
         mask_rows = i < MASK_ROWS
-    end = tl.where(first <= last, length, 0)  # behind it nothing is read
-    k_lo, k_hi, v = _load_block(
-        k_ptr, v_ptr, k_stride_t, v_stride_t, (split + first * splits) * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
-    )
+    if AHEAD:
+        end = tl.where(first <= last, length, 0)  # behind it nothing is read
+        start = (split + first * splits) * BLOCK
+        k_lo, k_hi, v = _load_block(k_ptr, v_ptr, k_stride_t, v_stride_t, start, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK)
     q_norm_lo, q_norm_hi = load_halves(q_norm_ptr, 1, HALF, BLOCK_H)
     k_norm_lo, k_norm_hi = load_halves(k_norm_ptr, 1, HALF, BLOCK_H)
     before_activations(EARLY)
@@ -209,18 +202,34 @@ def attention_kernel(
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_D], tl.float32)
-    for n in range(first, last + 1):
-        start = (split + n * splits) * BLOCK
-        end = tl.where(n < last, length, 0)
-        next_k_lo, next_k_hi, next_v = _load_block(
-            k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
-        )
-        highest, total, acc = _attend(
-            highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
-            position_ptr, position, new_k_lo, new_k_hi, new_v,
-            mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
-        )  # fmt: skip
-        k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
+    if AHEAD:
+        for n in range(first, last + 1):
+            start = (split + n * splits) * BLOCK
+            end = tl.where(n < last, length, 0)
+            next_k_lo, next_k_hi, next_v = _load_block(
+                k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+            )
+            if position_ptr is not None:
+                here = (start + tl.arange(0, BLOCK) == position)[:, None]
+                k_lo = tl.where(here, new_k_lo, k_lo)
+                k_hi = tl.where(here, new_k_hi, k_hi)
+                v = tl.where(here, new_v, v)
+            highest, total, acc = _attend(
+                highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
+                mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+            )  # fmt: skip
+            k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
+    else:
+        tl.debug_barrier()  # behind it all threads see the new key and value in the cache
+        for n in range(first, last + 1):
+            start = (split + n * splits) * BLOCK
+            k_lo, k_hi, v = _load_block(
+                k_ptr, v_ptr, k_stride_t, v_stride_t, start, length, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+            )
+            highest, total, acc = _attend(
+                highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
+                mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+            )  # fmt: skip
 
     if partial_ptr is None:
         # Where nothing is visible SDPA gives zeros.
@@ -289,17 +298,28 @@ class Plan(NamedTuple):
     block: int
     """Positions of a block."""
     splits: int
-    num_warps: int
-    combine_warps: int
+    ahead: bool
+    """Whether a block is loaded into registers while the one before is attended to, and the first one before the kernel
+    waits; else blocks are pipelined through shared memory."""
+    num_stages: int
 
 
 @functools.lru_cache(4096)
 def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> Plan:
-    # 8 KB of K: 32 positions of a bf16 head of 128. Qwen3-0.6B at context 512 on an H200: 4.9 us for both kernels with
-    # 32 splits of 32, 4 warps and a combine of one warp; 6.5 us with 16 of 64, 8 warps and 4.
-    block = max(16, min(64, 8192 // (_block_d(size) * element_size)))
-    splits = min(cdiv(length, block), max(1, _programs(device) // groups))
-    return Plan(block, splits, num_warps=4, combine_warps=1)
+    # Loading ahead, 8 KB of K a block, is best for few blocks a split: 32 positions of a bf16 head of 128. One layer of
+    # Qwen3-0.6B on an H200, cache 1024, context 512, both kernels: 4.4 us for one row (32 splits), 10.3 for 8 rows
+    # (4 splits) against 10.8 pipelined, but 28.4 against 23.1 (64 positions, 3 stages) for 32 rows (1 split).
+    row = _block_d(size) * element_size
+    block = max(16, min(64, 8192 // row))
+    most = max(1, _programs(device) // groups)
+    splits = min(cdiv(length, block), most)
+    if cdiv(length, block) <= 8 * splits:
+        return Plan(block, splits, ahead=True, num_stages=1)
+    block *= 2
+    # As many stages as 96 KB of shared memory hold, which every GPU since 2020 has.
+    return Plan(
+        block, min(cdiv(length, block), most), ahead=False, num_stages=max(1, min(3, (96 << 10) // (2 * block * row)))
+    )
 
 
 def _block_d(size: int) -> int:
@@ -375,13 +395,13 @@ def attention(
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
         **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)), BLOCK=block,
-        SCAN=scan, HIGH=high, num_warps=plan.num_warps,
+        SCAN=scan, AHEAD=plan.ahead, HIGH=high, num_warps=4, num_stages=plan.num_stages,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:
         run(
             combine_kernel, (batch * kv_heads * rows,),
             partial, stats, out, splits, *out.stride()[:3],
-            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=plan.combine_warps,
+            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=1,
             **pdl_options(early),
         )  # fmt: skip

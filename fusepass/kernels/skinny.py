@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fusepass import tuning
-from fusepass.kernels.common import before_activations, begin, stored
+from fusepass.kernels.common import before_activations, begin, normalise, stored
 from fusepass.kernels.common import gated as gated_value
 from fusepass.kernels.launch import cdiv, interpreted, interpreter_block_n, is_hip, next_power_of_2, pdl_options, run
+from fusepass.kernels.rms_norm import rms_norm
 
 
 @triton.jit
@@ -47,6 +48,37 @@ def _load_x(x_ptr, x_stride, m, start, M, K: tl.constexpr, SLICES: tl.constexpr,
 
 
 @triton.jit
+def _load_normalised(
+    x_ptr, x_stride, norm_ptr, norm, eps, m, M, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
+    HIGH: tl.constexpr,
+):  # fmt: skip
+    """All activations in one tile, as `_load_x` gives them, after the norm if there is one; `norm`: its weight."""
+    x = _load_x(x_ptr, x_stride, m, 0, M, K, SLICES, BLOCK_K)
+    if norm_ptr is not None:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        wide = x.to(tl.float32)
+        squares = wide * wide
+        if SLICES > 1:
+            rstd = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)[None, None, :]
+        else:
+            rstd = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+        x = normalise(wide, norm, rstd, dtype, HIGH).to(dtype)
+    return x
+
+
+@triton.jit
+def _load_norm(norm_ptr, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The norm's weight, if there is one, in the shape of a tile of activations with one row."""
+    if norm_ptr is None:
+        return 1.0
+    else:
+        k = tl.arange(0, BLOCK_K)[:, None]
+        if SLICES > 1:
+            k = k[None, :, :] + tl.arange(0, SLICES)[:, None, None] * BLOCK_K
+        return tl.load(norm_ptr + k, k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _zeros(SLICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     if SLICES > 1:
         return tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
@@ -64,16 +96,17 @@ def _sum_slices(acc, SLICES: tl.constexpr):
 
 @triton.jit
 def linear_skinny_kernel(
-    x_ptr, x_stride,
+    x_ptr, x_stride, norm_ptr, eps,
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
     HIGH: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y_i = x @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
+    """y_i = norm(x) @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
 
-    x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. Biases, w1, w2 and residual may be None.
+    x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. norm, biases, w1, w2 and residual may be None. There
+    is a norm only where one tile holds K.
     """
     begin(PDL, EARLY)
     block = tl.program_id(0)
@@ -96,8 +129,10 @@ def linear_skinny_kernel(
     STEP: tl.constexpr = SLICES * BLOCK_K
     if STEP >= K:
         w = _load_weight(w_ptr, rows, 0, K, SLICES, BLOCK_K)
+        norm = _load_norm(norm_ptr, K, SLICES, BLOCK_K)
         before_activations(EARLY)
-        acc = tl.dot(w, _load_x(x_ptr, x_stride, m, 0, M, K, SLICES, BLOCK_K), input_precision="ieee")
+        x = _load_normalised(x_ptr, x_stride, norm_ptr, norm, eps, m, M, K, SLICES, BLOCK_K, HIGH)
+        acc = tl.dot(w, x, input_precision="ieee")
     else:
         before_activations(EARLY)
         acc = _zeros(SLICES, BLOCK_N, BLOCK_M)
@@ -119,11 +154,11 @@ def linear_skinny_kernel(
 
 @triton.jit
 def gated_skinny_kernel(
-    x_ptr, x_stride, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
+    x_ptr, x_stride, norm_ptr, eps, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = activation(x @ gate.T + b) * (x @ up.T + b); shapes as in `linear_skinny_kernel`."""
+    """y = activation(norm(x) @ gate.T + b) * (norm(x) @ up.T + b); shapes as in `linear_skinny_kernel`."""
     begin(PDL, EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
@@ -132,8 +167,9 @@ def gated_skinny_kernel(
     if STEP >= K:
         g = _load_weight(gate_ptr, rows, 0, K, SLICES, BLOCK_K)
         u = _load_weight(up_ptr, rows, 0, K, SLICES, BLOCK_K)
+        norm = _load_norm(norm_ptr, K, SLICES, BLOCK_K)
         before_activations(EARLY)
-        x = _load_x(x_ptr, x_stride, m, 0, M, K, SLICES, BLOCK_K)
+        x = _load_normalised(x_ptr, x_stride, norm_ptr, norm, eps, m, M, K, SLICES, BLOCK_K, HIGH)
         gate = tl.dot(g, x, input_precision="ieee")
         up = tl.dot(u, x, input_precision="ieee")
     else:
@@ -175,8 +211,19 @@ def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str
     return {"BLOCK_M": block_m, **tile, "num_warps": 4, "num_stages": 2 if is_hip() else 3}
 
 
+def _norm_apart(
+    x: Tensor, norm_weight: Tensor | None, eps: float, config: dict[str, int], high: bool, early: bool
+) -> tuple[Tensor, Tensor | None, bool]:
+    """x, the norm's weight and `early` for the product: where a tile does not hold all of K, the norm runs before."""
+    if norm_weight is None or config["SLICES"] * config["BLOCK_K"] >= x.shape[1]:
+        return x, norm_weight, early
+    return rms_norm(x, norm_weight, eps, high, early), None, True  # behind a kernel of ours: see `project`
+
+
 def linears(
     x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
@@ -189,10 +236,11 @@ def linears(
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
     config = _config("linears", m, sum(sizes), k, x.dtype)
+    x, norm_weight, early = _norm_apart(x, norm_weight, eps, config, high, early)
     grid = (sum(cdiv(n, config["BLOCK_N"]) for n in sizes),)
     run(
         linear_skinny_kernel, grid,
-        x, x.stride(0), *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
+        x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
         residual, 0 if residual is None else residual.stride(0), m, K=k, HIGH=high,
         **pdl_options(early), **config,
     )  # fmt: skip
@@ -200,6 +248,8 @@ def linears(
 
 def gated(
     x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
     gate: Tensor,
     up: Tensor,
     gate_bias: Tensor | None,
@@ -213,8 +263,9 @@ def gated(
     m, k = x.shape
     n = gate.shape[0]
     config = _config("gated", m, n, k, x.dtype)
+    x, norm_weight, early = _norm_apart(x, norm_weight, eps, config, high, early)
     run(
         gated_skinny_kernel, (cdiv(n, config["BLOCK_N"]),),
-        x, x.stride(0), gate, up, gate_bias, up_bias, out, n, m,
+        x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n, m,
         K=k, ACTIVATION=activation, HIGH=high, **pdl_options(early), **config,
     )  # fmt: skip

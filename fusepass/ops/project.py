@@ -58,12 +58,9 @@ def project(
                 torch.addmm(bias, x, weight.T, out=out)
         if residual is not None:
             outs[0].add_(residual)
-    elif how == "skinny":
-        if norm_weight is not None:
-            x, early = rms_norm(x, norm_weight, eps, high, early), True
-        skinny.linears(x, weights, _all_or_none(biases, weights), outs, residual, high, early)
     else:
-        gemv.linears(x, norm_weight, eps, weights, _all_or_none(biases, weights), outs, residual, high, early)
+        launch = skinny.linears if how == "skinny" else gemv.linears
+        launch(x, norm_weight, eps, weights, _all_or_none(biases, weights), outs, residual, high, early)
 
 
 def gate_up(
@@ -84,16 +81,14 @@ def gate_up(
     from fusepass.kernels.rms_norm import rms_norm
 
     how = strategy(x.shape[0])
-    if how != "rows" and norm_weight is not None:
-        x, early = rms_norm(x, norm_weight, eps, high, early), True
     if how == "library":
+        if norm_weight is not None:
+            x = rms_norm(x, norm_weight, eps, high)
         gated = F.linear(x, gate, gate_bias)
         gated_mul(gated, F.linear(x, up, up_bias), gated, activation, high)
         return gated
     out = x.new_empty(x.shape[0], gate.shape[0])
     gate_bias, up_bias = _all_or_none((gate_bias, up_bias), (gate, up))
-    if how == "skinny":
-        skinny.gated(x, gate, up, gate_bias, up_bias, out, activation, high, early)
-    else:
-        gemv.gated(x, norm_weight, eps, gate, up, gate_bias, up_bias, out, activation, high, early)
+    launch = skinny.gated if how == "skinny" else gemv.gated
+    launch(x, norm_weight, eps, gate, up, gate_bias, up_bias, out, activation, high, early)
     return out

@@ -93,16 +93,14 @@ def launches(problem: Problem, copies: int) -> list[Callable[[], None]]:
     residual = new(problem.m, problem.sizes[0]) if problem.residual else None
     none = [None] * len(problem.sizes)
 
+    kernels = skinny if problem.skinny else gemv
+
     def one() -> Callable[[], None]:
-        if problem.kernel == "gated":
-            gate, up = new(problem.sizes[0], problem.k), new(problem.sizes[0], problem.k)
-            if problem.skinny:
-                return lambda: skinny.gated(x, gate, up, None, None, outs[0], "silu", False, True)
-            return lambda: gemv.gated(x, norm, 1e-6, gate, up, None, None, outs[0], "silu", False, True)
         weights = [new(n, problem.k) for n in problem.sizes]
-        if problem.skinny:
-            return lambda: skinny.linears(x, weights, none, outs, residual, False, True)
-        return lambda: gemv.linears(x, norm, 1e-6, weights, none, outs, residual, False, True)
+        if problem.kernel == "gated":
+            up = new(problem.sizes[0], problem.k)
+            return lambda: kernels.gated(x, norm, 1e-6, weights[0], up, None, None, outs[0], "silu", False, True)
+        return lambda: kernels.linears(x, norm, 1e-6, weights, none, outs, residual, False, True)
 
     return [one() for _ in range(copies)]
 
