@@ -2,6 +2,7 @@
 
     torch.compile(model, backend="fusepass")      # or model.compile(backend="fusepass")
     fusepass.reports()                            # what was fused where, and why not elsewhere
+    model.generate(..., custom_generate=fusepass.decode_loop())  # tokens without waiting for each
 
 No import is needed for the backend itself. Importing this package imports neither torch nor Triton.
 """
@@ -10,17 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusepass.decoding import decode_loop
     from fusepass.fusion import fusions
     from fusepass.options import Options
     from fusepass.report import GraphReport, Site, reports, reset
 
 __version__ = "0.1.0"
-__all__ = ["GraphReport", "Options", "Site", "fusions", "reports", "reset"]
+__all__ = ["GraphReport", "Options", "Site", "decode_loop", "fusions", "reports", "reset"]
 
 _HOMES = {
     "GraphReport": "report",
     "Options": "options",
     "Site": "report",
+    "decode_loop": "decoding",
     "fusions": "fusion",
     "reports": "report",
     "reset": "report",
