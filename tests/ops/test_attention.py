@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusepass.kernels import attention as kernels
 from fusepass.ops import OPS
 from tests.ops.gate import poisoned
 from tests.ops.sites import DEVICE, DTYPES
@@ -18,6 +19,7 @@ MARGIN = 1.1
 DRAWS = 32
 Shape = tuple[int, int, int, int, int, int]
 """Batch, heads, K/V heads, queries, length of the cache, head size."""
+Mask = Callable[[Shape, torch.dtype], Tensor | None]
 
 SHAPES: list[Shape] = [(1, 6, 2, 1, 150, 16), (2, 4, 4, 1, 37, 24), (3, 7, 1, 2, 200, 32), (1, 2, 1, 1, 1, 16)]
 """For the interpreter: one split and several, groups and heads that are no power of two, one position."""
@@ -99,9 +101,7 @@ def rms_error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("shape", "dtype", "mask"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_as_exact_as_eager(
-    shape: Shape, dtype: torch.dtype, mask: Callable[[Shape, torch.dtype], Tensor | None]
-) -> None:
+def test_as_exact_as_eager(shape: Shape, dtype: torch.dtype, mask: Mask) -> None:
     seen: tuple[list[Tensor], ...] = ([], [], [])
     # in the interpreter a query is a draw
     for _ in range(DRAWS if DEVICE == "cuda" else max(1, DRAWS // math.prod(shape[:2]))):
@@ -114,6 +114,21 @@ def test_as_exact_as_eager(
     assert ours.isfinite().all()
     floor = torch.finfo(dtype).eps * (3 if dtype == torch.float32 else 0)  # summation order alone moves an f32 ratio
     assert rms_error(ours, want) <= max(MARGIN * rms_error(eager, want), floor)
+
+
+@pytest.mark.parametrize("mask", [no_mask, left_padded, window, per_head, lowest])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_many_blocks_a_split(ahead: bool, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, num_stages=3))
+    shape, draws = (2, 6, 2, 2, 150, 16), []
+    for _ in range(4):
+        arguments = (*draw(shape, torch.float16), mask(shape, torch.float16), 0.3)
+        with poisoned():
+            ours = OP.overload(*arguments)
+        draws.append((ours, OP.reference(*arguments), exact(*arguments)))
+    ours, eager, want = map(torch.cat, zip(*draws))
+    assert rms_error(ours, want) <= MARGIN * rms_error(eager, want)
 
 
 @pytest.mark.parametrize("length", [9, 150])
