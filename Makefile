@@ -16,11 +16,11 @@ test: $(VENV)/.installed  ## all tests that need no GPU
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-matrix:  ## site counts and logits on the oldest and the newest transformers, each in its own environment
+test-matrix:  ## site counts, logits and the decode loop on the oldest and the newest transformers, each in its own environment
 	for version in 4.57.6 5.23.0; do \
 	  $(PYTHON) -m venv $(VENV)-$$version && \
 	  $(VENV)-$$version/bin/pip install -q -c constraints-matrix.txt -e .[test] transformers==$$version && \
-	  $(VENV)-$$version/bin/python -m pytest tests/test_qwen3_sites.py || exit 1; \
+	  $(VENV)-$$version/bin/python -m pytest tests/test_qwen3_sites.py tests/decode_loop || exit 1; \
 	done
 
 lint: $(VENV)/.installed

@@ -28,8 +28,8 @@ class DecodeLoop:
     """`model.generate(**inputs, custom_generate=decode_loop())`: greedy decoding and sampling without waiting.
 
     The tokens are those of Hugging Face's loop, in sampling for the same seed too: it draws the same random numbers for
-    the same logits. Unless the user gives a cache or names an implementation, the loop brings a static cache and keeps
-    it for the next call of the same model and batch size; it is freed with the loop.
+    the same logits. Unless the user gives a cache or names one that is not static, the loop brings a static one, and
+    keeps it for the next call of the same model and batch size; it is freed with the loop.
 
     streamer: an object with `put` and `end`. Give it here, not to `generate`, which does not hand it on.
     run_ahead: how many tokens may be on their way when the host reads one, and so how many surplus steps are taken (and

@@ -1,0 +1,123 @@
+"""The loop on a GPU: replays of CUDA graphs, random numbers, and the rate of `generate` beside that of its steps."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    PreTrainedModel,
+)
+
+import fusepass
+from tests.decode_loop.common import CHECKPOINT, TEXTS, ends_at
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> PreTrainedModel:
+    """f32, where two kernels that sum in another order still give the same tokens."""
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).cuda().eval()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_on_a_gpu_the_tokens_are_those_of_hugging_face_and_each_step_is_one_replay(
+    count: int, on_gpu: Any, tokenize: Any, reasons: Any
+) -> None:
+    inputs = tokenize(*TEXTS[:count]).to("cuda")
+    prompt = inputs["input_ids"].shape[1]
+    settings = {"max_new_tokens": 64, "cache_implementation": "static"}
+    free = on_gpu.generate(**inputs, **settings, disable_compile=True)
+    settings["eos_token_id"] = ends_at(free, prompt, *(20, 30, 40)[:count])
+    plain = on_gpu.generate(**inputs, **settings, disable_compile=True)
+    loop = fusepass.decode_loop(run_ahead=4)
+    for _ in range(3):  # compile, record, replay
+        assert torch.equal(on_gpu.generate(**inputs, **settings, custom_generate=loop), plain)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        on_gpu.generate(**inputs, **settings, custom_generate=loop)
+        torch.cuda.synchronize()
+    replays = sum(event.count for event in trace.key_averages() if event.key == "cudaGraphLaunch")
+    assert replays == plain.shape[1] - prompt - 1 + 4
+    assert len(fusepass.reports()) == 1
+    assert all(site.fused for site in fusepass.reports()[0].sites)
+    assert not reasons()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_running_ahead_changes_neither_samples_nor_the_random_state(on_gpu: Any, tokenize: Any) -> None:
+    inputs = tokenize(*TEXTS).to("cuda")
+    prompt = inputs["input_ids"].shape[1]
+    settings = {"max_new_tokens": 48, "do_sample": True, "top_k": 20, "top_p": 0.95, "temperature": 0.8}
+
+    def sample(run_ahead: int) -> tuple[Tensor, float]:
+        torch.manual_seed(11)
+        loop = fusepass.decode_loop(run_ahead=run_ahead)
+        return on_gpu.generate(**inputs, **settings, custom_generate=loop), torch.rand(1, device="cuda").item()
+
+    free, _ = sample(0)
+    settings["eos_token_id"] = ends_at(free, prompt, 9, 14, 19)
+    waiting, after = sample(0)
+    assert waiting.shape[1] < prompt + 48
+    for run_ahead in (4, 9):
+        tokens, state = sample(run_ahead)
+        assert torch.equal(tokens, waiting)
+        assert state == after
+
+
+def qwen3_0_6b() -> PreTrainedModel:
+    """The public dimensions, random weights, bf16."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128, "vocab_size": 151936}
+    layers = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = AutoConfig.for_model("qwen3", **sizes, **layers, tie_word_embeddings=True, max_position_embeddings=4096)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_generate_reaches_nine_tenths_of_the_rate_of_its_steps() -> None:
+    model, loop, config = qwen3_0_6b(), fusepass.decode_loop(cache_length=1024), CompileConfig(backend="fusepass")
+    prompt = torch.randint(151936, (1, 512), device="cuda")
+    settings: dict[str, Any] = {"cache_implementation": "static", "compile_config": config, "pad_token_id": 0}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+    def seconds(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function(*args, **kwargs)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def generated(**way: Any) -> float:
+        """Tokens per second, without the prompt."""
+        times = {n: seconds(model.generate, prompt, max_new_tokens=n, **settings, **way) for n in (100, 400) * 3}
+        return 300 / (times[400] - times[100])
+
+    rates = {"decode_loop": generated(do_sample=False, custom_generate=loop)}
+    rates["decode_loop, sampling"] = generated(**sampling, custom_generate=loop)
+
+    assert loop._kept is not None
+    cache, forward = loop._kept[1], model.get_compiled_call(config)
+    token, position = prompt[:, :1].clone(), torch.full((1, 1), 512, device="cuda")
+    inputs = {"input_ids": token, "position_ids": position, "past_key_values": cache, "use_cache": True}
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            torch.compiler.cudagraph_mark_step_begin()
+            forward(**inputs, logits_to_keep=1, return_dict=True)
+
+    with torch.no_grad():
+        cache.reset()
+        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        steps(100)
+        rates["the step alone"] = 300 / seconds(steps, 300)
+
+    torch._dynamo.reset()  # else the other cache lengths make its graph a dynamic one
+    rates["Hugging Face's loop"] = generated(do_sample=False)
+    print("", *(f"{name:24} {rate:8.0f} tokens/s" for name, rate in rates.items()), sep="\n")
+    assert rates["decode_loop"] >= 0.9 * rates["the step alone"]
