@@ -284,12 +284,15 @@ def combine_kernel(
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _programs() -> int:
     """How many programs to aim at: two for each multiprocessor."""
     if interpreted():
         return 8
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return 2 * count
+    return 2 * (_multiprocessors(torch.cuda.current_device()) if torch.cuda.is_available() else 132)
 
 
 class Plan(NamedTuple):
@@ -305,13 +308,13 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def _plan(groups: int, size: int, length: int, element_size: int, device: torch.device) -> Plan:
+def _plan(groups: int, size: int, length: int, element_size: int, programs: int) -> Plan:
     # Loading ahead, 8 KB of K a block, is best for few blocks a split: 32 positions of a bf16 head of 128. One layer of
     # Qwen3-0.6B on an H200, cache 1024, context 512, both kernels: 4.4 us for one row (32 splits), 10.3 for 8 rows
     # (4 splits) against 10.8 pipelined, but 28.4 against 23.1 (64 positions, 3 stages) for 32 rows (1 split).
     row = _block_d(size) * element_size
     block = max(16, min(64, 8192 // row))
-    most = max(1, _programs(device) // groups)
+    most = max(1, programs // groups)
     splits = min(cdiv(length, block), most)
     if cdiv(length, block) <= 8 * splits:
         return Plan(block, splits, ahead=True, num_stages=1)
@@ -366,7 +369,7 @@ def attention(
     rows = seq * group
     half = cdiv(size, 2)
     block_d = _block_d(size)
-    plan = _plan(batch * kv_heads, size, length, k.element_size(), q.device)
+    plan = _plan(batch * kv_heads, size, length, k.element_size(), _programs())
     block, splits = plan.block, plan.splits
     # The mask of a split is looked through 2048 positions at a time.
     blocks = cdiv(cdiv(length, block), splits)

@@ -1,6 +1,9 @@
 """What every launcher needs to know about the machine."""
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -37,9 +40,23 @@ def pdl_options(early: bool) -> dict[str, bool]:
 
 
 @functools.cache
-def _direct() -> bool:
-    """Whether `run` may call Triton's launcher itself: on NVIDIA GPUs."""
+def direct() -> bool:
+    """Whether Triton's launcher may be called past `JITFunction.run`: on NVIDIA GPUs."""
     return not interpreted() and not is_hip()
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]]]:
+    """In this thread, `run` compiles and launches nothing: it appends compiled kernel, grid, arguments, constexprs."""
+    noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]] = []
+    _local.noted = noted
+    try:
+        yield noted
+    finally:
+        _local.noted = None
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -50,10 +67,14 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
     """`kernel[grid](*args, **constants)`, with less time on the host from the second launch of a kind on.
 
     A launch of the same kind has the same scalars, dtypes and constants, and pointers that are 16-byte aligned: then
-    Triton would find the same compiled kernel, after 20 us or more of binding some thirty arguments. A decode step
-    of 28 layers launches 140 kernels. `args` are all the parameters that are no constexpr, in order.
+    Triton would find the same compiled kernel, after 20 us or more of binding some thirty arguments. `args` are all the
+    parameters that are no constexpr, in order. (What a decode step launches is not even bound again: `kernels.replay`.)
     """
-    if not _direct() or triton.knobs.runtime.launch_enter_hook.calls:
+    if (noted := getattr(_local, "noted", None)) is not None:
+        compiled = kernel.run(*args, grid=grid, warmup=True, **constants)
+        noted.append((compiled, grid, args, tuple(constants[name] for name in kernel.arg_names[len(args) :])))
+        return
+    if not direct() or triton.knobs.runtime.launch_enter_hook.calls:
         kernel[grid](*args, **constants)
         return
     driver = triton.runtime.driver.active

@@ -92,8 +92,9 @@ def expect_parameter(op: str, argument: str, weight: Tensor | None, x: Tensor, *
         expect(same, op, argument, weight, f"a contiguous {x.dtype} tensor of shape {wanted} on {x.device}")
 
 
-def _cpu(name: str, reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+def _cpu(check: Callable[..., None], reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
+        check(*args)
         # Triton's interpreter computes bf16 on the raw 16 bits (Triton 3.7): bf16 on a CPU is always the reference.
         if os.environ.get("FUSEPASS_CPU") == "interpret" and args[0].dtype != torch.bfloat16:
             return launch(*args)
@@ -102,33 +103,52 @@ def _cpu(name: str, reference: Callable[..., Any], launch: Callable[..., Any]) -
     return run
 
 
-def _cuda(launch: Callable[..., Any]) -> Callable[..., Any]:
+_RECORDED: list[dict[Any, Any]] = []
+_MOST_KINDS = 4096
+"""Kinds of arguments that an op keeps recipes for: every prompt length is a kind of its own."""
+
+
+def forget_launches() -> None:
+    """Choose strategies and configs anew for every kind of arguments (after a change of the tuning tables)."""
+    for recipes in _RECORDED:
+        recipes.clear()
+
+
+def _kind(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What decides how an op runs: equal kinds pass the same checks and launch the same kernels."""
+    kind: list[Any] = [_forced]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            kind += (arg.shape, arg.dtype, arg.get_device(), arg.is_contiguous() or arg.stride())
+        else:
+            kind.append(arg)
+    return tuple(kind)
+
+
+def _cuda(check: Callable[..., None], launch: Callable[..., Any]) -> Callable[..., Any]:
+    recipes: dict[Any, Any] = {}
+    _RECORDED.append(recipes)
+
+    def here(args: tuple[Any, ...]) -> Any:
+        kind = _kind(args)
+        recipe = recipes.get(kind, ...)
+        if recipe is ...:
+            from fusepass.kernels.replay import record
+
+            check(*args)
+            if len(recipes) >= _MOST_KINDS:
+                recipes.clear()
+            recipe = recipes[kind] = record(launch, args)
+        if recipe is not None and (result := recipe(args)) is not None:
+            return result
+        return launch(*args)
+
     def run(*args: Any) -> Any:
         # Triton launches on the current device, whichever device its arguments are on.
         if args[0].device.index == torch.cuda.current_device():
-            return launch(*args)
+            return here(args)
         with torch.cuda.device(args[0].device):
-            return launch(*args)
-
-    return run
-
-
-def _checked(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` behind `check`, which is not repeated for arguments of shapes, dtypes and devices that passed it: a
-    dozen comparisons cost more time on the host than a launch does."""
-    passed: set[tuple[Any, ...]] = set()
-
-    def run(*args: Any) -> Any:
-        kind = tuple(
-            (arg.shape, arg.dtype, arg.get_device(), arg.is_contiguous()) if isinstance(arg, Tensor) else arg
-            for arg in args
-        )
-        if kind not in passed:
-            check(*args)
-            if len(passed) >= 4096:  # every prompt length is a kind of its own
-                passed.clear()
-            passed.add(kind)
-        return function(*args)
+            return here(args)
 
     return run
 
@@ -173,11 +193,11 @@ def define(
         check(*args)  # sizes may be symbolic here
         return fake(*args)
 
-    on_cuda = _checked(check, _cuda(launch))
+    on_cuda = _cuda(check, launch)
     LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
     overload = getattr(torch.ops.fusepass, name).default
     torch.library.register_fake(f"fusepass::{name}", fake_checked, lib=LIBRARY)
-    LIBRARY.impl(name, _checked(check, _cpu(name, reference, launch)), "CPU")
+    LIBRARY.impl(name, _cpu(check, reference, launch), "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     LIBRARY.impl(name, _autograd(name, overload, on_cuda), "Autograd")
     OPS[name] = Op(name, overload, reference, launch, check)
