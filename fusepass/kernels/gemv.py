@@ -93,8 +93,8 @@ def linear_rows_kernel(
     x_ptr, x_stride, norm_ptr, eps,
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride,
-    M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
+    HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y_i[m, :] = norm(x[m, :]) @ w_i.T + b_i (+ residual[m, :]) for one weight, or for three in one launch.
 
@@ -139,7 +139,7 @@ def linear_rows_kernel(
     rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
         acc0 += w * _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
         if M > 1:
             acc1 += w * _tile(x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, K, BLOCK_K, HIGH)
@@ -171,7 +171,7 @@ def _store_gated_row(
 def gated_rows_kernel(
     x_ptr, x_stride, norm_ptr, eps,
     gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N,
-    M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
     ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[m, :] = activation(norm(x[m, :]) @ gate.T) * (norm(x[m, :]) @ up.T); shapes as in `linear_rows_kernel`."""
@@ -197,7 +197,7 @@ def gated_rows_kernel(
     rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     gate0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate1, gate2, gate3, up0, up1, up2, up3 = gate0, gate0, gate0, gate0, gate0, gate0, gate0
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
         x = _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
         gate0 += g * x
         up0 += u * x
@@ -230,17 +230,15 @@ def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str
     of K as registers hold were 10-20 % faster on an H200 than larger tiles; more rows need accumulators for each, so
     their tiles are smaller."""
     if measured := tuning.lookup(kernel, m, n, k, dtype):
-        return measured
+        return {"UNROLL": 1, **measured}
     if interpreted():
-        return {"BLOCK_N": interpreter_block_n(n), "BLOCK_K": block_k(k, 1024), "num_warps": 1}
-    if m == 1:
+        tile_n, tile_k, warps = interpreter_block_n(n), 1024, 1
+    elif m == 1:
         tile_n = 4 if kernel == "linears" and n >= 4096 else 2
-        return {
-            "BLOCK_N": tile_n,
-            "BLOCK_K": block_k(k, (2048 if k < 4096 else 4096) * 2 // dtype.itemsize),
-            "num_warps": 4,
-        }
-    return {"BLOCK_N": 2, "BLOCK_K": block_k(k, 1024), "num_warps": 4}
+        tile_k, warps = (2048 if k < 4096 else 4096) * 2 // dtype.itemsize, 4
+    else:
+        tile_n, tile_k, warps = 2, 1024, 4
+    return {"BLOCK_N": tile_n, "BLOCK_K": block_k(k, tile_k), "UNROLL": 1, "num_warps": warps}
 
 
 def linears(
