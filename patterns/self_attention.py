@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
-from fusepass.graph import argument, mutated, storages, value
+from fusepass.graph import argument, mutated, reads_only_shape, storages, value
 
 _PARAMETERS = (1, 3, 4, 5, 6, 7, 8, 9, 11)
 """Which arguments of `norm_qkv_rope` are weights: three norms, three linears."""
@@ -39,9 +39,10 @@ def _write(cache: Any, projection: Node, index: int, before: Node) -> Node | Non
     if not isinstance(cache, Node):
         return None
     for node in cache.users:
-        if node.op == "call_method" and node.target == "index_copy_" and node < before and node.args[0] is cache:
-            if _result_of(argument(node, 3, "source"), index) is projection and argument(node, 1, "dim") in (2, -2):
-                return node
+        writes = node.op == "call_method" and node.target == "index_copy_" and node.args[0] is cache and node < before
+        dim, source = argument(node, 1, "dim"), argument(node, 3, "source")
+        if writes and dim in (2, -2) and _result_of(source, index) is projection:
+            return node
     return None
 
 
@@ -74,7 +75,8 @@ class SelfAttentionJoin(Fusion[SelfAttentionMatch]):
         if argument(v_write, 2, "index") is not position:
             return None
         k_cache, v_cache = k_write.args[0], v_write.args[0]
-        assert isinstance(k_cache, Node) and isinstance(v_cache, Node)
+        assert isinstance(k_cache, Node)
+        assert isinstance(v_cache, Node)
         results = [user for user in projection.users if user.target is operator.getitem]
         arguments = projection.args
         return SelfAttentionMatch(
@@ -103,7 +105,7 @@ class SelfAttentionJoin(Fusion[SelfAttentionMatch]):
         read = set().union(*(storages(n) for n in (match.position, match.attention.args[3]) if isinstance(n, Node)))
         node = min(match.interior)
         while node is not match.anchor:
-            if node not in match.interior:
+            if node not in match.interior and not reads_only_shape(node):
                 if any(written & storages(source) for source in node.all_input_nodes):
                     raise Refused("mutation", f"'{node.name}' uses the cache while it is written", node)
                 if any(read & storages(target) for target in mutated(node)):

@@ -32,15 +32,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check_cache(op: str, x: Tensor, shape: tuple[int, ...], k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Raise ValueError unless k, v and mask fit queries of `shape` [B, Hq, S, D], and x's dtype and device."""
+def check_cache(op: str, x: Tensor, shape: tuple[int, ...], mask: Tensor | None, **caches: Tensor) -> None:
+    """Raise ValueError unless keys and values (as the op names them) and mask fit queries of `shape` [B, Hq, S, D], and
+    x's dtype and device."""
     batch, heads, seq, size = shape
-    for name, cache in (("k", k), ("v", v)):
+    for name, cache in caches.items():
         same = cache.dim() == 4 and cache.shape[0] == batch and cache.shape[3] == size and cache.shape[1] > 0
         same = same and heads % cache.shape[1] == 0 and cache.dtype == x.dtype and cache.device == x.device
         wanted = f"[{batch}, a divisor of {heads}, any, {size}]"
         expect(same, op, name, cache, f"a {x.dtype} tensor of shape {wanted} on {x.device}")
-    expect(v.shape == k.shape, op, "v", v, f"k's shape, {tuple(k.shape)}")
+    (_, k), (name, v) = caches.items()
+    expect(v.shape == k.shape, op, name, v, f"the shape of the keys, {tuple(k.shape)}")
     if mask is not None:
         sizes = zip(mask.shape, (batch, heads, seq, k.shape[2]))
         fits = mask.dim() == 4 and all(got == 1 or got == want for got, want in sizes)
@@ -51,7 +53,7 @@ def check_cache(op: str, x: Tensor, shape: tuple[int, ...], k: Tensor, v: Tensor
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
     expect_activation(OP, "q", q, ndim=4)
-    check_cache(OP, q, tuple(q.shape), k, v, mask)
+    check_cache(OP, q, tuple(q.shape), mask, k=k, v=v)
 
 
 def _output(q: Tensor) -> Tensor:

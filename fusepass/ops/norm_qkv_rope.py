@@ -1,5 +1,6 @@
 """`fusepass::norm_qkv_rope`: RMSNorm, the q/k/v linears, the norm of each q and k head, and RoPE."""
 
+import functools
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def reference(
     return _rope(query, cos, sin).to(dtype), _rope(key, cos, sin).to(dtype), value.to(dtype)
 
 
-def _check(
+def check_projection(
+    op: str,
     x: Tensor,
     norm_weight: Tensor | None,
     norm_eps: float,
@@ -84,24 +86,24 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     head_dim: int,
-    high: bool,
-    early: bool = False,
+    *settings: bool,
 ) -> None:
-    expect_activation(OP, "x", x, ndim=3)
+    """Raise ValueError unless the arguments of `reference` fit one another (high and early do); it names `op`."""
+    expect_activation(op, "x", x, ndim=3)
     if head_dim <= 0 or head_dim % 2:
-        raise ValueError(f"fusepass::{OP}: head_dim is {head_dim}; expected a positive even number")
-    expect_parameter(OP, "norm_weight", norm_weight, x, x.shape[-1])
+        raise ValueError(f"fusepass::{op}: head_dim is {head_dim}; expected a positive even number")
+    expect_parameter(op, "norm_weight", norm_weight, x, x.shape[-1])
     for name, weight, bias in (("q", q, q_bias), ("k", k, k_bias), ("v", v, v_bias)):
-        expect_parameter(OP, name, weight, x, -1, x.shape[-1])
-        expect(weight.shape[0] % head_dim == 0, OP, name, weight, f"a multiple of head_dim ({head_dim}) rows")
-        expect_parameter(OP, f"{name}_bias", bias, x, weight.shape[0])
-    expect_parameter(OP, "q_norm_weight", q_norm_weight, x, head_dim)
-    expect_parameter(OP, "k_norm_weight", k_norm_weight, x, head_dim)
+        expect_parameter(op, name, weight, x, -1, x.shape[-1])
+        expect(weight.shape[0] % head_dim == 0, op, name, weight, f"a multiple of head_dim ({head_dim}) rows")
+        expect_parameter(op, f"{name}_bias", bias, x, weight.shape[0])
+    expect_parameter(op, "q_norm_weight", q_norm_weight, x, head_dim)
+    expect_parameter(op, "k_norm_weight", k_norm_weight, x, head_dim)
     for name, table in (("cos", cos), ("sin", sin)):
         same = table.dim() == 4 and table.shape[1] == 1 and table.shape[3] == head_dim
         same = same and table.shape[0] in (1, x.shape[0]) and table.shape[2] in (1, x.shape[1])
         same = same and table.dtype == x.dtype and table.device == x.device
-        expect(same, OP, name, table, f"{x.dtype} broadcastable to [{x.shape[0]}, 1, {x.shape[1]}, {head_dim}]")
+        expect(same, op, name, table, f"{x.dtype} broadcastable to [{x.shape[0]}, 1, {x.shape[1]}, {head_dim}]")
 
 
 def _fake(
@@ -168,5 +170,5 @@ norm_qkv_rope = define(
     fake=_fake,
     reference=reference,
     launch=_launch,
-    check=_check,
+    check=functools.partial(check_projection, OP),
 )

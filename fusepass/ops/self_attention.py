@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusepass.ops.attention import attention, check_cache, takes
 from fusepass.ops.library import define, expect
-from fusepass.ops.norm_qkv_rope import heads, norm_qkv_rope
+from fusepass.ops.norm_qkv_rope import check_projection, heads, norm_qkv_rope
 from fusepass.ops.project import as_rows, project
 
 OP = "self_attention"
@@ -41,11 +41,13 @@ def reference(*args: Any) -> Tensor:
 
 
 def _check(*args: Any) -> None:
-    projection, (k_cache, v_cache, position, mask, _, high, _) = _parts(args)
-    norm_qkv_rope.check(*projection, high)
-    x, q, k, head_dim = args[0], args[3], args[4], args[15]
+    projection, (k_cache, v_cache, position, mask, *_) = _parts(args)
+    check_projection(OP, *projection)
+    x, q, k, v, head_dim = args[0], args[3], args[4], args[5], args[15]
     batch, seq, _ = x.shape
-    check_cache(OP, x, (batch, q.shape[0] // head_dim, seq, head_dim), k_cache, v_cache, mask)
+    expect(v.shape == k.shape, OP, "v", v, f"the shape of k, {tuple(k.shape)}")
+    shape = batch, q.shape[0] // head_dim, seq, head_dim
+    check_cache(OP, x, shape, mask, k_cache=k_cache, v_cache=v_cache)
     expect(k_cache.shape[1] * head_dim == k.shape[0], OP, "k_cache", k_cache, f"{k.shape[0] // head_dim} heads")
     same = position.shape == (seq,) and position.dtype == torch.int64 and position.device == x.device
     expect(same, OP, "position", position, f"torch.int64 of shape [{seq}] on {x.device}")

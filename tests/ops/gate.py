@@ -64,6 +64,11 @@ def rms_error(got: Tensor, want: Tensor) -> float:
     return float((difference / want.square().mean(0).sqrt()).square().mean().sqrt())
 
 
+def _in_f64(t: Tensor | None) -> Tensor | None:
+    """Masks may be bool or none, positions are integers."""
+    return t if t is None or not t.is_floating_point() else t.double()
+
+
 Run = Callable[[nn.Module, Tensors], Tensors]
 
 
@@ -83,7 +88,7 @@ def assert_as_exact_as_eager(
     for _ in range(case.launches):
         redraw(layer)
         inputs = site.inputs(layer, case.batch, case.seq)
-        exact = site.eager(reference(layer), *(t.double() if t.is_floating_point() else t for t in inputs))
+        exact = site.eager(reference(layer), *map(_in_f64, inputs))
         eager = yardstick(layer, inputs) if yardstick else site.eager(layer, *inputs)
         with poisoned(), force_strategy(case.strategy) if case.strategy else nullcontext():
             got = run(layer, inputs) if run else site.run(layer, inputs, case.high)

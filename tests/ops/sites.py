@@ -5,7 +5,6 @@ says what eager computes in the span and which arguments the op gets for it.
 """
 
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,7 @@ class Site:
 
     def named(self, layer: nn.Module, inputs: Tensors, high: bool = False) -> dict[str, Any]:
         """The op's arguments by name, those with a default left out."""
-        names = inspect.signature(self.op.reference).parameters
+        names = [argument.name for argument in self.op.overload._schema.arguments]
         settings = (high,) if "high" in names else ()
         return dict(zip(names, (*self.arguments(layer, *inputs), *settings)))
 
@@ -190,7 +189,7 @@ def _mlp_arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
     return x, norm.weight, norm.variance_epsilon, *weights, *biases, x, activation
 
 
-def _tokens(layer: nn.Module, batch: int, seq: int) -> Tensors:
+def tokens(layer: nn.Module, batch: int, seq: int) -> Tensors:
     """Hidden states and the rotary tables [batch, seq, head_dim] of tokens far into their sequences."""
     (x,) = _hidden(layer, batch, seq)
     positions = torch.randint(0, 4096, (batch, 1), device=DEVICE) + torch.arange(seq, device=DEVICE)
@@ -212,16 +211,21 @@ def _attention_arguments(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) 
     return *_norm_arguments(layer, x), *weights, *biases, *head_norms[0], *head_norms[1], *tables, attention.head_dim
 
 
-def _cache(layer: nn.Module, batch: int, seq: int) -> Tensors:
-    """The last tokens' queries, a cache longer than one block, a mask that hides some of it, no two rows alike."""
-    queries, length, attention = min(seq, 3), seq + 70, layer.self_attn
-    heads, groups, size = attention.config.num_attention_heads, attention.num_key_value_groups, attention.head_dim
-    q = activations(layer, batch, heads, queries, size, outliers=0) * 3
-    k = activations(layer, batch, heads // groups, length, size, outliers=0)
-    v = activations(layer, batch, heads // groups, length, size)
-    mask = torch.zeros(batch, 1, queries, length, device=DEVICE, dtype=q.dtype)
-    mask.masked_fill_(torch.rand(mask.shape, device=DEVICE) < 0.3, torch.finfo(q.dtype).min)
-    return q, k, v, mask
+def draw_cache(layer: nn.Module, batch: int, queries: int, length: int) -> Tensors:
+    """Keys, values, and a mask that hides some of them, no two rows alike."""
+    attention = layer.self_attn
+    shape = batch, attention.config.num_key_value_heads, length, attention.head_dim
+    k, v = activations(layer, *shape, outliers=0), activations(layer, *shape)
+    mask = torch.zeros(batch, 1, queries, length, device=DEVICE, dtype=k.dtype)
+    return k, v, mask.masked_fill_(torch.rand(mask.shape, device=DEVICE) < 0.3, torch.finfo(k.dtype).min)
+
+
+def _queries(layer: nn.Module, batch: int, seq: int) -> Tensors:
+    """The last tokens' queries, and a cache longer than one block."""
+    queries, attention = min(seq, 3), layer.self_attn
+    heads = attention.config.num_attention_heads
+    q = activations(layer, batch, heads, queries, attention.head_dim, outliers=0) * 3
+    return q, *draw_cache(layer, batch, queries, seq + 70)
 
 
 def _attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensors:
@@ -234,6 +238,26 @@ def _attend_arguments(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: T
     return q, k, v, mask, layer.self_attn.scaling
 
 
+def _tokens_and_cache(layer: nn.Module, batch: int, seq: int) -> Tensors:
+    """Tokens whose place is anywhere in a cache longer than one block."""
+    length = seq + 70
+    k, v, mask = draw_cache(layer, batch, seq, length)
+    position = torch.randint(length - seq + 1, (1,), device=DEVICE) + torch.arange(seq, device=DEVICE)
+    return *tokens(layer, batch, seq), k, v, position, mask
+
+
+def _self_attend(layer: nn.Module, *inputs: Tensor) -> Tensors:
+    """The output, and the keys and values that the cache would hold at the tokens' position."""
+    x, cos, sin, keys, values, position, mask = inputs
+    q, k, v = _attention(layer, x, cos, sin)
+    keys, values = keys.index_copy(2, position, k), values.index_copy(2, position, v)
+    return *_attend(layer, q, keys, values, mask), k, v
+
+
+def _self_attend_arguments(layer: nn.Module, *inputs: Tensor) -> tuple[Any, ...]:
+    return *_attention_arguments(layer, *inputs[:3]), *inputs[3:], layer.self_attn.scaling
+
+
 SITES = {
     "rms_norm": Site(OPS["rms_norm"], _hidden, _norm, _norm_arguments),
     "linear_residual": Site(
@@ -241,6 +265,7 @@ SITES = {
     ),
     "norm_linear": Site(OPS["norm_linear"], _prompt, _head, _head_arguments),
     "norm_gated_mlp": Site(OPS["norm_gated_mlp"], _hidden, _mlp, _mlp_arguments),
-    "norm_qkv_rope": Site(OPS["norm_qkv_rope"], _tokens, _attention, _attention_arguments),
-    "attention": Site(OPS["attention"], _cache, _attend, _attend_arguments),
+    "norm_qkv_rope": Site(OPS["norm_qkv_rope"], tokens, _attention, _attention_arguments),
+    "attention": Site(OPS["attention"], _queries, _attend, _attend_arguments),
+    "self_attention": Site(OPS["self_attention"], _tokens_and_cache, _self_attend, _self_attend_arguments),
 }

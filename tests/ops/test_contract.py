@@ -18,7 +18,8 @@ from fusepass.ops.library import Strategy
 from tests.ops.gate import poisoned, rms_error
 from tests.ops.sites import QWEN3, SMALL, Sizes, Tensors, as_tuple, sample
 
-STEPS: list[tuple[int, int, Strategy]] = [(2, 2, "rows"), (2, 7, "skinny"), (2, 5, "library")]
+STEPS: list[tuple[int, int, Strategy]] = [(2, 2, "rows"), (2, 5, "skinny"), (2, 3, "library")]
+"""Few enough tokens for the attention kernel, which takes 16 queries a K/V head: beyond that SDPA runs."""
 
 every_op = pytest.mark.parametrize("name", OPS)
 with_and_without_options = pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
@@ -79,6 +80,12 @@ def layout(t: Tensor) -> tuple[Any, ...]:
     shape = tuple(int(size) for size in t.shape)
     strides = [int(stride) for stride, size in zip(t.stride(), shape) if size > 1 and 0 not in shape]
     return shape, t.dtype, t.device.type, strides
+
+
+def written(name: str) -> set[str]:
+    """The arguments that the op writes in place."""
+    arguments = OPS[name].overload._schema.arguments
+    return {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
 
 
 def bits(t: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def test_an_op_writes_all_of_its_outputs_and_nothing_else(
     name: str, batch: int, seq: int, strategy: Strategy, high: bool, sizes: Sizes
 ) -> None:
     arguments = sample(name, batch, seq, sizes=sizes, high=high)
-    before = {n: t.clone() for n, t in tensors(arguments).items()}
+    before = {n: t.clone() for n, t in tensors(arguments).items() if n not in written(name)}
     with fenced() as memory, force_strategy(strategy):
         outputs = as_tuple(OPS[name].overload(*arguments.values()))
     assert {t.untyped_storage().data_ptr() for t in outputs} <= {t.untyped_storage().data_ptr() for t in memory}

@@ -52,8 +52,17 @@ FAULTS: dict[tuple[str, str], dict[str, Fault]] = {
     ("attention", "k"): CACHE,
     ("attention", "v"): CACHE | {"another length": lambda t: t[:, :, :-1]},
     ("attention", "mask"): SHAPE | KIND | BATCH | TABLE,
+    ("self_attention", "k_cache"): CACHE,
+    ("self_attention", "v_cache"): CACHE | {"another length": lambda t: t[:, :, :-1]},
+    ("self_attention", "position"): KIND
+    | {"of other tokens": lambda t: t[:-1], "one more dimension": lambda t: t[None]},
 }
 """What can be wrong with an argument: with one not named here, what can be wrong with any parameter."""
+FAULTS |= {
+    ("self_attention", name): FAULTS[op, name]
+    for op, names in (("norm_qkv_rope", ("x", "q", "k", "v", "cos", "sin")), ("attention", ("mask",)))
+    for name in names
+}
 
 
 def impossible() -> Iterator[Any]:
@@ -97,9 +106,20 @@ def test_a_head_dim_that_does_not_divide_the_weights_is_named() -> None:
         OPS["norm_qkv_rope"].overload(*(sample("norm_qkv_rope", *ROWS) | {"head_dim": 10}).values())
 
 
+@pytest.mark.parametrize(("names", "dim"), [(("v",), 0), (("k_cache", "v_cache"), 1)])
+def test_heads_unlike_those_of_the_keys_are_named(names: tuple[str, ...], dim: int) -> None:
+    """As many as of the queries: what fits the weights alone, or the caches alone."""
+    arguments = sample("self_attention", *ROWS, optional=False)
+    for name in names:
+        arguments[name] = arguments[name].repeat_interleave(3, dim)
+    with pytest.raises(ValueError, match=f"fusepass::self_attention: argument '{names[0]}'"):
+        OPS["self_attention"].overload(*arguments.values())
+
+
 def each_tensor() -> Iterator[Any]:
     for op in OPS:
-        yield from (pytest.param(op, name, id=f"{op}-{name}") for name in _tensors(sample(op, *ROWS)))
+        floats = (name for name, t in _tensors(sample(op, *ROWS)).items() if t.is_floating_point())
+        yield from (pytest.param(op, name, id=f"{op}-{name}") for name in floats)
 
 
 @pytest.mark.parametrize(("op", "name"), each_tensor())

@@ -10,9 +10,9 @@ import torch
 from fusepass.kernels import attention, gated_mul, gemv, rms_norm, rope, skinny
 from fusepass.ops import OPS, force_strategy
 from fusepass.ops.library import ROWS_BEST, SKINNY_LIMIT, Strategy, strategy
-from tests.ops.sites import as_tuple, sample
+from tests.ops.sites import Sizes, as_tuple, sample
 
-WITH_WEIGHTS = ("linear_residual", "norm_gated_mlp", "norm_linear", "norm_qkv_rope")
+WITH_WEIGHTS = ("linear_residual", "norm_gated_mlp", "norm_linear", "norm_qkv_rope", "self_attention")
 LAUNCHERS = {
     gemv: ("linears", "gated"),
     skinny: ("linears", "gated"),
@@ -31,9 +31,9 @@ def launched() -> Iterator[list[str]]:
     def spy(module: object, name: str) -> mock._patch:
         launcher = getattr(module, name)
 
-        def run(*args: object) -> object:
+        def run(*args: object, **options: object) -> object:
             files.append(module.__name__.rpartition(".")[2])
-            return launcher(*args)
+            return launcher(*args, **options)
 
         return mock.patch.object(module, name, run)
 
@@ -65,6 +65,23 @@ def test_every_op_goes_by_the_strategy(name: str, rows: int, file: str | None, l
         assert set(launched) & {"gemv", "skinny"} == ({file} if file else set())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "files"),
+    [
+        (1, 16, ["gemv", "attention"]),
+        (1, 17, ["gemv", "rope"]),
+        (2, 8, ["gemv", "rope", "attention"]),
+        (2, 9, ["gemv", "rope"]),
+    ],
+)
+def test_attention_of_one_token_rotates_and_writes_it_too(
+    tokens: int, heads: int, files: list[str], launched: list[str]
+) -> None:
+    """Of one K/V head: more than 16 queries are left to SDPA."""
+    OPS["self_attention"].overload(*sample("self_attention", 1, tokens, sizes=Sizes(24, 8, heads, 1, 16)).values())
+    assert launched == files
+
+
 def test_a_forced_strategy_ends_with_its_context() -> None:
     with force_strategy("library"):
         with contextlib.suppress(KeyError), force_strategy("skinny"):
@@ -86,7 +103,10 @@ def test_the_cpu_runs_the_reference_unless_told_to_interpret(
         monkeypatch.delenv("FUSEPASS_CPU", raising=False)
     else:
         monkeypatch.setenv("FUSEPASS_CPU", setting)
-    arguments = [a.to("cpu", dtype) if isinstance(a, torch.Tensor) else a for a in sample(name, 1, 3).values()]
+    arguments = list(sample(name, 1, 3).values())
+    for i, arg in enumerate(arguments):
+        if isinstance(arg, torch.Tensor):
+            arguments[i] = arg.to("cpu", dtype if arg.is_floating_point() else arg.dtype)
     got, want = as_tuple(OPS[name].overload(*arguments)), as_tuple(OPS[name].reference(*arguments))
     assert launched == []
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
