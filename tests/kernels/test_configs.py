@@ -1,0 +1,111 @@
+"""The numeric gate for launch configs: each way a kernel walks along K, and each config of the shipped tables."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusepass.tuning
+from fusepass import tuning
+from fusepass.kernels import gemv, skinny
+from fusepass.ops import OPS
+from tests.ops.gate import poisoned
+from tests.ops.sites import DEVICE
+
+MARGIN = 1.1
+EPS = 1e-6
+Config = dict[str, int]
+
+ROWS: list[Config] = [
+    {"BLOCK_N": 4, "BLOCK_K": 128, "UNROLL": 1, "num_warps": 1},  # a tile holds a row
+    {"BLOCK_N": 4, "BLOCK_K": 32, "UNROLL": 1, "num_warps": 1},
+    {"BLOCK_N": 2, "BLOCK_K": 32, "UNROLL": 4, "num_warps": 1},
+    {"BLOCK_N": 8, "BLOCK_K": 16, "UNROLL": 2, "num_warps": 1},
+]
+SKINNY: list[Config] = [
+    {"BLOCK_N": 16, "SLICES": slices, "BLOCK_K": block_k, "num_warps": 1, "num_stages": stages}
+    for slices, block_k, stages in [(1, 128, 1), (4, 32, 1), (1, 32, 3), (2, 16, 3), (4, 16, 2)]
+]
+K = 100
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def rms_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).square().mean().sqrt())
+
+
+def eager(
+    kernel: str, x: Tensor, residual: Tensor, w0: Tensor, w1: Tensor, b0: Tensor, b1: Tensor, norm: Tensor | None = None
+) -> Tensor:
+    h = x if norm is None else OPS["rms_norm"].reference(x, norm, EPS, False)
+    if kernel.endswith("gated"):
+        return F.silu(F.linear(h, w0, b0)) * F.linear(h, w1, b1)
+    return residual + F.linear(h, w0, b0)
+
+
+def check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
+    """`kernel` ("linears", "gated", or either after "skinny ") is as exact as eager: root mean square over draws."""
+    kernels = skinny if kernel.startswith("skinny") else gemv
+    results: tuple[list[Tensor], ...] = ([], [], [])
+    for _ in range(draws):
+        x, residual = draw(m, k, dtype=dtype), draw(m, n, dtype=dtype)
+        weights = [draw(n, k, dtype=dtype, scale=k**-0.5) for _ in range(2)]
+        bias = [draw(n, dtype=dtype) for _ in range(2)]
+        inputs = (x, residual, *weights, *bias, *([draw(k, dtype=dtype)] if norm else []))
+        weight = inputs[6] if norm else None
+        out = torch.empty(m, n, dtype=dtype, device=DEVICE)
+        with poisoned():
+            out.fill_(torch.nan)
+            if kernel.endswith("gated"):
+                kernels.gated(x, weight, EPS, *weights, *bias, out, "silu", False, False)
+            else:
+                kernels.linears(x, weight, EPS, weights[:1], bias[:1], [out], residual, False, False)
+
+        for found, result in zip(results, (out, eager(kernel, *inputs), eager(kernel, *(t.double() for t in inputs)))):
+            found.append(result)
+    ours, theirs, exact = map(torch.cat, results)
+    assert rms_error(ours, exact) <= MARGIN * rms_error(theirs, exact)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kernel", ["linears", "gated"])
+@pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
+def test_rows_by_every_walk_along_k(
+    config: Config, m: int, kernel: str, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "forced", config)
+    check(kernel, m, 13, K, torch.float16, norm, 8)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
+@pytest.mark.parametrize(("config", "m"), [*zip(SKINNY, (3, 8, 16, 11, 5))], ids=str)
+def test_skinny_by_every_walk_along_k(
+    config: Config, m: int, kernel: str, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "forced", config)
+    check(kernel, m, 24, K, torch.float16, norm, 4)
+
+
+TABLES = sorted(Path(fusepass.tuning.__file__).parent.glob("*.json"))
+SHIPPED = [(table.stem, key, config) for table in TABLES for key, config in json.loads(table.read_text()).items()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("table", "key", "config"), SHIPPED, ids=lambda value: str(value))
+def test_every_shipped_config(table: str, key: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tuning.slug() != table:
+        pytest.skip(f"the config is for {table}")
+    monkeypatch.setattr(tuning, "forced", config)
+    found = re.fullmatch(r"((?:skinny )?\w+) m(\d+) n(\d+) k(\d+) (\w+)", key)
+    assert found is not None
+    m, n, k = map(int, found.group(2, 3, 4))
+    for rows in {m, max(1, m // 2 + 1)} if "skinny" in key else {m}:
+        check(found[1], rows, n, k, getattr(torch, found[5]), True, 2 if n * k > 2**28 else 8)
