@@ -78,6 +78,9 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     if around.inside_autocast or torch.is_autocast_enabled(value(match.activation).device.type):
         raise Refused("autocast", "the model is called inside torch.autocast", None)
 
+    for node in arguments:
+        if node in match.interior:
+            raise Refused("extra-user", f"'{node.name}' is made inside the region and is one of its inputs, too", node)
     for node in match.interior:
         if node not in match.outputs and (users := outside_users(match, node)):
             where = module_path(users[0]) or "the top level"

@@ -218,6 +218,20 @@ def test_a_value_inside_that_is_used_elsewhere_is_refused_and_the_user_is_named(
     refusal(run(Net(), hidden())[0], "norm_gated_mlp", "extra-user", "has another user: 'abs_1' in probe")
 
 
+def test_a_value_inside_that_is_a_weight_too_is_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Norm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return F.linear(h, h)
+
+    report, _ = run(Net(), torch.randn(HIDDEN, HIDDEN))
+    refusal(report, "norm_linear", "extra-user", "is made inside the region and is one of its inputs, too")
+
+
 # --- mutation ---
 
 
