@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fusepass import inductor
 from fusepass.graph import mutated, rsqrt_of
 from fusepass.options import Options, cpu_mode, disabled
-from fusepass.report import GraphReport, record
+from fusepass.report import GraphReport, Report, record
 
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -40,6 +40,7 @@ def fusepass(
 
     report = _fuse(gm, example_inputs, parsed)
     record(report)
+    _trace(report)
     log.info("%s", report.summary())
     fused = bool(report.counts())
     if not fused and (norms := _rms_norms(gm)):
@@ -64,15 +65,40 @@ def _fuse(gm: GraphModule, example_inputs: list[Any], options: Options) -> Graph
     on_cpu = not any(isinstance(item, Tensor) and item.device.type == "cuda" for item in example_inputs)
     if on_cpu and cpu_mode() == "off":
         return GraphReport(compile_id, untouched="it runs on a CPU (FUSEPASS_CPU=interpret runs the kernels there)")
+    return rewritten(gm, options, compile_id, keep_code=log.isEnabledFor(logging.DEBUG) or _traced())
+
+
+def rewritten(gm: GraphModule, options: Options, compile_id: str, keep_code: bool) -> GraphReport:
+    """The report of `fuse(gm)`. A fault of ours leaves `gm` as it was, and is logged and reported."""
     try:
         from fusepass.rewrite import fuse
 
-        return fuse(gm, options, compile_id)
+        return fuse(gm, options, compile_id, keep_code)
     except Exception as fault:
         if (key := f"{type(fault).__name__}: {fault}") not in _logged:
             _logged.add(key)
             log.exception("fusepass failed on graph %s, which is compiled unmodified; please report this", compile_id)
         return GraphReport(compile_id, untouched=f"a fault in fusepass: {key}")
+
+
+def _traced() -> bool:
+    """Whether TORCH_TRACE is on: where it is not, the handler has taken itself away at Dynamo's first record."""
+    internal = torch._logging._internal
+    return internal.LOG_TRACE_HANDLER in internal.trace_log.handlers
+
+
+def _trace(report: GraphReport) -> None:
+    """Hand the report and both graphs to tlparse."""
+    if not _traced():
+        return
+    texts = {"before": report.before, "after": report.after, "report": Report([report]).to_json()}
+    for name, text in texts.items():
+        encoding = "json" if name == "report" else "string"
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": f"fusepass_{name}", "encoding": encoding},  # noqa: B023
+            payload_fn=lambda: text,  # noqa: B023
+        )
 
 
 def _rms_norms(gm: GraphModule) -> int:

@@ -176,6 +176,15 @@ def reads_only_shape(user: Node) -> bool:
     return user.target is not getattr or user.args[1] in ("shape", "ndim", "dtype", "device")
 
 
+def is_view(node: Node) -> bool:
+    """Whether `node` computes no tensor: a view, a cast to the dtype it has, a size."""
+    found, source = value(node), value(argument(node, 0, "input", "self", "tensor"))
+    if not isinstance(found, Tensor | tuple | list):
+        return True
+    converts = isinstance(found, Tensor) and isinstance(source, Tensor) and found.dtype != source.dtype
+    return node.target in _VIEWS and not converts
+
+
 def mutated(node: Node) -> list[Node]:
     """The tensors that `node` writes in place. A higher-order op may write any of its arguments."""
     if node.op not in ("call_function", "call_method"):

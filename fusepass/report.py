@@ -1,8 +1,16 @@
 """What happened to each graph: sites, and one report a compiled graph."""
 
+import dataclasses
+import difflib
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+"""Of `Report.to_json`; docs/report-schema.md describes it. It changes when a field goes or changes its meaning."""
 
 CODES: dict[str, str] = {
     "autocast": "autocast is in force, so the ops of this region run in other dtypes than the graph shows",
@@ -20,7 +28,21 @@ CODES: dict[str, str] = {
 """Every reason a site can be refused for: `Site.code` and what it means."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One tensor that a site reads."""
+
+    name: str
+    """Its node in the graph before."""
+    shape: tuple[int | str, ...]
+    """A symbolic size is a string."""
+    dtype: str
+    """E.g. "bfloat16"."""
+    weight: bool
+    """Whether it is a weight, norm weight or bias, and not an activation."""
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One place in one graph where a fusion applied or was refused."""
 
@@ -36,10 +58,32 @@ class Site:
     """The same in a sentence about this site; None when fused."""
     op: str | None = None
     """The op that runs it: of the fusion's own name, or of a join that took it in; None when refused."""
+    call: str | None = None
+    """The node of that op in the graph after; None when refused."""
+    nodes: tuple[str, ...] = ()
+    """The nodes of the region in the graph before."""
+    inputs: tuple[Input, ...] = ()
+    """What the region reads."""
 
     @property
     def fused(self) -> bool:
         return self.code is None
+
+    def __str__(self) -> str:
+        state = "fused" if self.fused else f"refused ({self.code}): {self.reason}"
+        return f"{self.path or 'the top level'}: {self.fusion} {state}"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much a graph does, run operator by operator (Inductor fuses some of what is left)."""
+
+    operators: int = 0
+    """Calls that compute a tensor; views, results picked out of a tuple and reads of shapes are none."""
+    activation_reads: int = 0
+    """How often an operator reads an activation: every tensor but the parameters."""
+    weight_bytes: int = 0
+    """Size of the parameters that are read, each once."""
 
 
 @dataclass
@@ -47,10 +91,24 @@ class GraphReport:
     """What fusepass did to one graph that Dynamo captured."""
 
     compile_id: str
-    """Dynamo's id of the graph, e.g. "0/0"."""
+    """Dynamo's id of the graph, e.g. "0/0"; `fusepass.explain` counts its own, from "0"."""
     sites: list[Site] = field(default_factory=list)
     untouched: str | None = None
     """Why no fusion was tried (a CPU graph, a fault); None when they were."""
+    work_before: Work = Work()
+    work_after: Work = Work()
+    before: str | None = None
+    """The graph as Dynamo captured it, as readable code. Kept by `fusepass.explain`, and when compiling under
+    TORCH_LOGS="+fusepass" or TORCH_TRACE; else None, since printing takes a third of the time of rewriting."""
+    after: str | None = None
+    """The same after rewriting."""
+
+    def diff(self) -> str:
+        """`before` and `after` as a unified diff. Raises ValueError where they were not kept."""
+        if self.before is None or self.after is None:
+            raise ValueError(f'graph {self.compile_id} has no code; use fusepass.explain or TORCH_LOGS="+fusepass"')
+        before, after = (text.splitlines(keepends=True) for text in (self.before, self.after))
+        return "".join(difflib.unified_diff(before, after, "before", "after"))
 
     def counts(self) -> Counter[str]:
         """Number of fused sites by fusion."""
@@ -64,6 +122,40 @@ class GraphReport:
         refused = Counter(site.code for site in self.sites if not site.fused)
         tail = "".join(f", {count} refused ({code})" for code, count in sorted(refused.items(), key=str))
         return f"graph {self.compile_id}: fused {fused}{tail}"
+
+
+@dataclass
+class Report:
+    """What happens to a model: `fusepass.explain` returns one; `Report(fusepass.reports())` is of what was compiled.
+
+    `str(report)` is a table with a line for all layers that are alike, in colour if stdout is a terminal.
+    """
+
+    graphs: list[GraphReport]
+    stopped: str | None = None
+    """Why the model was not traced to its end; None when it was. Then `graphs` holds what came before."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of all graphs."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    def counts(self) -> Counter[str]:
+        """Number of fused sites by fusion."""
+        return sum((graph.counts() for graph in self.graphs), Counter())
+
+    def to_json(self) -> str:
+        """A JSON object as docs/report-schema.md describes it."""
+        content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        for graph in content["graphs"]:
+            for site in graph["sites"]:
+                site["fused"] = site["code"] is None
+        return json.dumps(content, indent=2)
+
+    def __str__(self) -> str:
+        from fusepass.table import render
+
+        return render(self)
 
 
 _reports: dict[str, GraphReport] = {}
@@ -85,12 +177,13 @@ def reset() -> None:
     _reports.clear()
 
 
-def collapse(sites: list[Site]) -> list[tuple[str, Site, int]]:
-    """Sites that differ only in the numbers of their path, as (path with ranges, one of them, how many):
-    `model.layers.{0-27}.self_attn`. In order of first appearance."""
-    groups: dict[tuple[str, str, str | None], list[Site]] = {}
+def collapse(sites: Sequence[Site]) -> list[tuple[str, Site, int]]:
+    """Sites that differ only in numbers (of the path, of nodes in the reason), as (path with ranges, one of them, how
+    many): `model.layers.{0-27}.self_attn`. In order of first appearance."""
+    groups: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
-        groups.setdefault((re.sub(r"\d+", "#", site.path), site.fusion, site.code), []).append(site)
+        alike = (site.path, site.fusion, site.op or "", site.code or "", site.reason or "")
+        groups.setdefault(tuple(re.sub(r"\d+", "#", text) for text in alike), []).append(site)
     rows = []
     for same in groups.values():
         columns = list(zip(*(re.findall(r"\d+", site.path) for site in same)))

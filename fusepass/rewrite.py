@@ -20,18 +20,21 @@ from torch.fx import Graph, GraphModule, Node
 
 from fusepass import validity
 from fusepass.fusion import Fusion, Match, Refused, fusions
-from fusepass.graph import module_path, mutated, reads_only_shape, source_line, storages, value
+from fusepass.graph import is_view, module_path, mutated, reads_only_shape, source_line, storages, value
 from fusepass.options import Options
-from fusepass.report import GraphReport, Site
+from fusepass.report import GraphReport, Input, Site, Work
 
 log = logging.getLogger(__name__)
 
 
-def fuse(gm: GraphModule, options: Options, compile_id: str = "") -> GraphReport:
-    """Rewrite `gm` and the graph modules inside it (activation checkpointing wraps layers in them) in place."""
-    report = GraphReport(compile_id)
+def fuse(gm: GraphModule, options: Options, compile_id: str = "", keep_code: bool = False) -> GraphReport:
+    """Rewrite `gm` and the graph modules inside it (activation checkpointing wraps layers in them) in place.
+
+    `keep_code`: print both graphs into the report."""
+    report = GraphReport(compile_id, before=_code(gm) if keep_code else None)
     modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
     copies = [_copy(module.graph) for module in modules]
+    report.work_before = _work(copies)
     surroundings = [validity.Surroundings.of(graph) for graph in copies]
     for module, graph, around in zip(modules, copies, surroundings):
         around.inside_autocast = module is not gm and any(other.autocast for other in surroundings)
@@ -40,7 +43,30 @@ def fuse(gm: GraphModule, options: Options, compile_id: str = "") -> GraphReport
     for module, graph in zip(modules, copies):
         module.graph = graph
         module.recompile()
+    report.work_after = _work(copies)
+    report.after = _code(gm) if keep_code else None
     return report
+
+
+def _code(gm: GraphModule) -> str:
+    return gm.print_readable(print_output=False)
+
+
+def _work(graphs: list[Graph]) -> Work:
+    operators = reads = 0
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op not in ("call_function", "call_method") or is_view(node):
+                continue
+            operators += 1
+            reads += sum(isinstance(value(read), Tensor) and not _is_parameter(read) for read in node.all_input_nodes)
+    # The placeholders of an inner graph are the outer graph's nodes again.
+    weights = {value(node) for node in graphs[0].nodes if _is_parameter(node)}
+    return Work(operators, reads, sum(weight.nbytes for weight in weights))
+
+
+def _is_parameter(node: Node) -> bool:
+    return node.op == "placeholder" and isinstance(value(node), torch.nn.Parameter)
 
 
 def _copy(graph: Graph) -> Graph:
@@ -65,26 +91,26 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
         for node in list(graph.nodes):
             if node in seen or (match := fusion.match(node)) is None:
                 continue
-            path, source = module_path(match.anchor), source_line(match.anchor)
+            site = _site(fusion, match)
             seen |= set(match.interior)
             names = {inner.name for inner in match.interior}
             try:
                 call = _apply(graph, fusion, match, around, options.precision == "high")
             except Refused as refusal:
                 if fusion.joins:
-                    log.debug("%s at %s not joined: %s", fusion.name, path, refusal.reason)
+                    log.debug("%s at %s not joined: %s", fusion.name, site.path, refusal.reason)
                     continue
-                source = source_line(refusal.node) if refusal.node else source
-                sites.append(Site(fusion.name, path, source, refusal.code, refusal.reason))
+                source = source_line(refusal.node) if refusal.node else site.source
+                sites.append(dataclasses.replace(site, source=source, code=refusal.code, reason=refusal.reason))
             else:
                 replaced |= names
                 if fusion.joins:
                     calls[call] = match, [i for op in match.joined for i in calls.pop(op)[1]]
                     for i in calls[call][1]:
-                        sites[i] = dataclasses.replace(sites[i], op=fusion.name)
+                        sites[i] = dataclasses.replace(sites[i], op=fusion.name, call=call.name)
                     continue
                 calls[call] = match, [len(sites)]
-                sites.append(Site(fusion.name, path, source, op=fusion.name))
+                sites.append(dataclasses.replace(site, op=fusion.name, call=call.name))
             log.debug("%s", sites[-1])
     if inputs_are_settled:
         _allow_early_reads(graph, {call: match for call, (match, _) in calls.items()}, around)
@@ -93,6 +119,20 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
     if [name for name in _writes(graph) if name not in ours] != [name for name in writes if name not in replaced]:
         raise AssertionError("rewriting changed the nodes that write in place, or their order")
     return sites
+
+
+def _site(fusion: Fusion[Any], match: Match) -> Site:
+    inputs = tuple(
+        Input(
+            node.name,
+            tuple(size if isinstance(size, int) else str(size) for size in value(node).shape),
+            str(value(node).dtype).removeprefix("torch."),
+            node in match.parameters,
+        )
+        for node in dict.fromkeys(match.tensors)
+    )
+    names = tuple(node.name for node in sorted(match.interior))
+    return Site(fusion.name, module_path(match.anchor), source_line(match.anchor), nodes=names, inputs=inputs)
 
 
 def _writes(graph: Graph) -> list[str]:

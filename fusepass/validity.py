@@ -70,13 +70,17 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
         if value(node).requires_grad:
             raise Refused("grad", f"'{node.name}' needs a gradient; run the model under torch.no_grad()", node)
 
-    _check_dtype_and_device(match)
+    device = value(match.activation).device
+    if device.type not in ("cuda", "cpu"):
+        raise Refused("device", f"'{match.activation.name}' is on {device}; expected a CUDA device")
 
     for enter, leave in around.autocast:
         if any(enter < node and (leave is None or node < leave) for node in match.interior):
             raise Refused("autocast", "the region lies inside torch.autocast", enter)
-    if around.inside_autocast or torch.is_autocast_enabled(value(match.activation).device.type):
+    if around.inside_autocast or torch.is_autocast_enabled(device.type):
         raise Refused("autocast", "the model is called inside torch.autocast", None)
+
+    _check_dtype_and_device(match)  # after autocast, which is why dtypes differ where it is in force
 
     for node in arguments:
         if node in match.interior:
@@ -106,8 +110,6 @@ def _check_dtype_and_device(match: Match) -> None:
     x = value(match.activation)
     if x.dtype not in DTYPES:
         raise Refused("dtype", f"'{match.activation.name}' is {x.dtype}; expected bfloat16, float16 or float32")
-    if x.device.type not in ("cuda", "cpu"):
-        raise Refused("device", f"'{match.activation.name}' is on {x.device}; expected a CUDA device")
     for node in (*match.tensors, *match.outputs):
         if value(node).device != x.device:
             raise Refused("device", f"'{node.name}' is on {value(node).device}, the activation on {x.device}", node)
