@@ -1,5 +1,6 @@
 """The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,13 @@ def fusepass(
     if disabled():
         return inductor.compile_with_inductor(gm, example_inputs, parsed.mode, parsed.inductor, fused=False)
 
+    original = None
+    if parsed.verify:
+        from fusepass import verify
+
+        original = verify.pristine(gm)
+        # Inductor's own random numbers are others than the original graph's.
+        parsed = dataclasses.replace(parsed, inductor={"fallback_random": True, **parsed.inductor})
     report = _fuse(gm, example_inputs, parsed)
     record(report)
     _trace(report)
@@ -46,13 +54,22 @@ def fusepass(
     if not fused and (norms := _rms_norms(gm)):
         _complain(report, norms, parsed.strict)
 
-    if parsed.remainder == "eager":
-        if parsed.mode not in (None, "default"):
-            _warn_once(f"mode={parsed.mode!r} has no effect with remainder='eager'")
+    if original is None or not fused:
+        return _hand_over(gm, example_inputs, parsed, fused)
+    after = verify.pristine(gm)  # Inductor may change `gm`
+    compiled = _hand_over(gm, example_inputs, parsed, fused)
+    return verify.Verified(original, after, compiled, report, raises=parsed.verify == "raise")
+
+
+def _hand_over(gm: GraphModule, example_inputs: list[Any], options: Options, fused: bool) -> Callable[..., Any]:
+    """What runs the remainder."""
+    if options.remainder == "eager":
+        if options.mode not in (None, "default"):
+            _warn_once(f"mode={options.mode!r} has no effect with remainder='eager'")
         return gm.forward
-    if inductor.uses_cuda_graphs(parsed.mode, parsed.inductor):
+    if inductor.uses_cuda_graphs(options.mode, options.inductor):
         _warn_about_caches(gm)
-    return inductor.compile_with_inductor(gm, example_inputs, parsed.mode, parsed.inductor, fused)
+    return inductor.compile_with_inductor(gm, example_inputs, options.mode, options.inductor, fused)
 
 
 fusepass.reset = inductor.reset  # type: ignore[attr-defined]

@@ -28,6 +28,9 @@ class Options:
     "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs"."""
     strict: bool = False
     """Raise when a graph that has RMSNorms got no fusion, whatever the cause."""
+    verify: bool | Literal["raise"] = False
+    """Compare the first and third call of each graph, with each new combination of shapes, with the original graph, and
+    each site with its reference. What fails is reported and runs the original eagerly from then on; "raise" raises."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "Options":
@@ -54,6 +57,8 @@ class Options:
                 raise ValueError(f"fusepass: option '{name}' is {getattr(self, name)!r}; expected one of {allowed}")
         if not isinstance(self.strict, bool):
             raise TypeError(f"fusepass: option 'strict' is {self.strict!r}; expected True or False")
+        if not isinstance(self.verify, bool) and self.verify != "raise":
+            raise ValueError(f"fusepass: option 'verify' is {self.verify!r}; expected True, False or 'raise'")
         for name in ("fusions", "inductor"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"fusepass: option '{name}' is {getattr(self, name)!r}; expected a dict")

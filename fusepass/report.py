@@ -95,6 +95,8 @@ class GraphReport:
     sites: list[Site] = field(default_factory=list)
     untouched: str | None = None
     """Why no fusion was tried (a CPU graph, a fault); None when they were."""
+    faults: list[str] = field(default_factory=list)
+    """What `options={"verify": True}` found wrong, in sentences; the graph then runs the original eagerly."""
     work_before: Work = Work()
     work_after: Work = Work()
     before: str | None = None

@@ -162,6 +162,7 @@ def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Sur
                 point = _new_node(graph, operator.getitem, (call, i), output, results[i])
             replacements.append(point)
     for output, replacement in zip(match.outputs, replacements):
+        replacement.meta["stands_for"] = output.meta.get("stands_for", output.name)
         output.replace_all_uses_with(replacement)
     _erase(graph, match)
     return call

@@ -21,6 +21,8 @@ def test_an_unknown_fusion_names_the_registered_ones() -> None:
         ({"precision": "low"}, ValueError),
         ({"remainder": "onnx"}, ValueError),
         ({"strict": 1}, TypeError),
+        ({"verify": "yes"}, ValueError),
+        ({"verify": 1}, ValueError),
         ({"fusions": ["rms_norm"]}, TypeError),
         ({"fusions": {"rms_norm": "off"}}, TypeError),
         ({"inductor": None}, TypeError),
