@@ -1,6 +1,6 @@
 """The command line, `python -m fusepass` or `fusepass`. A command is one function in a file of its own beside this one.
 
-What the commands need is no requirement of the package: pip install fusepass[bench].
+What the commands need is no requirement of the package: pip install fusepass[cli], fusepass[bench].
 """
 
 import sys
@@ -17,18 +17,20 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str) -> None:
     """Leave with one line that says what to install, unless every package is there."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        fail(f"needs {', '.join(missing)}: pip install fusepass[bench]")
+        fail(f"needs {', '.join(missing)}: pip install fusepass[{extra}]")
 
 
 def build() -> "typer.Typer":
     """The application with all its commands."""
     import typer
 
-    from fusepass.cli.bench import EPILOG, bench
+    from fusepass.cli import bench, explain
     from fusepass.cli.command import ListCommand
+    from fusepass.cli.env import env
+    from fusepass.cli.fusions import fusions
 
     app = typer.Typer(
         name="fusepass",
@@ -41,11 +43,14 @@ def build() -> "typer.Typer":
     @app.callback(help="A torch.compile backend that runs Hugging Face models on fused Triton kernels.")
     def root() -> None: ...
 
-    app.command(cls=ListCommand, epilog=EPILOG)(bench)
+    app.command(epilog=explain.EPILOG)(explain.explain)
+    app.command()(fusions)
+    app.command()(env)
+    app.command(cls=ListCommand, epilog=bench.EPILOG)(bench.bench)
     return app
 
 
 def main() -> None:
     """Run the command that sys.argv names."""
-    require("typer", "rich")
+    require("typer", extra="cli")
     build()()

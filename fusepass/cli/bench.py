@@ -46,7 +46,7 @@ def bench(
     measured, as JSON, and a row that the folder has for the same commit, versions, GPU and settings is skipped: after
     a stop, the same command goes on. Options that may be repeated take several values: --batch 1 8.
     """
-    require("transformers", "matplotlib")
+    require("transformers", "matplotlib", extra="bench")
     import torch
 
     from fusepass.bench.models import check_name
