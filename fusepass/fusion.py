@@ -77,6 +77,11 @@ class Fusion(ABC, Generic[MatchT]):
     def match(self, node: Node) -> MatchT | None:
         """The region that ends at `node`, if there is one."""
 
+    def near_miss(self, node: Node) -> Refused | None:
+        """Why what looks like this fusion at `node` is none, if it does: what stands there instead of what was
+        expected. Asked of each node that is in no site, when this fusion has been tried everywhere."""
+        return None
+
     @abstractmethod
     def check(self, match: MatchT) -> None:
         """Raise `Refused` if the op would not compute what the region does. What holds for every fusion (users,

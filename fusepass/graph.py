@@ -257,6 +257,16 @@ def storages(node: Node) -> set[Any]:
     return {root} | _memory(node) | _memory(root)
 
 
+def described(node: Any) -> str:
+    """`node` for a reason: its name, what it is and where."""
+    if not isinstance(node, Node):
+        return repr(node)
+    if node.op in ("placeholder", "get_attr"):
+        return f"'{node.name}', an input of the graph"
+    kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"'{node.name}' ({kind}) in {module_path(node) or 'the top level'}"
+
+
 def module_path(node: Node) -> str:
     """Where in the user's model `node` comes from, e.g. "model.layers.3.self_attn"; "" at the top."""
     stack = node.meta.get("nn_module_stack")

@@ -19,9 +19,12 @@ CODES: dict[str, str] = {
     "extra-user": "a value inside the region is also used outside it",
     "grad": "the region needs a gradient and the op has no backward",
     "mutation": "something the region reads is written in place in its middle",
+    "opaque": "an operator of its own stands where the operators of the region were expected",
     "order": "a result of the region is used before the region's last input exists",
+    "rotary": "the rotary embedding is not the half-split form over the whole head",
     "shape": "a tensor does not have the shape that the op takes",
     "strides": "the op lays its result out in memory differently than the graph does",
+    "structure": "a near miss: it looks like the region and has another operator in one place",
     "tensor-subclass": "an input is not a plain tensor (DTensor, quantised tensor, ...)",
     "weight-layout": "a weight is not a contiguous tensor of the expected number of dimensions",
 }

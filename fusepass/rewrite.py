@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import logging
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
     writes = _writes(graph)
     sites: list[Site] = []
     calls: dict[Node, tuple[Match, list[int]]] = {}  # the ops put in, and the sites that each runs
+    refused: set[Node] = set()
     replaced: set[str] = set()
     for fusion in fusions():
         if not options.enabled(fusion):
@@ -102,6 +104,7 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
                     continue
                 source = source_line(refusal.node) if refusal.node else site.source
                 sites.append(dataclasses.replace(site, source=source, code=refusal.code, reason=refusal.reason))
+                refused |= set(match.interior)
             else:
                 replaced |= names
                 if fusion.joins:
@@ -112,6 +115,7 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
                 calls[call] = match, [len(sites)]
                 sites.append(dataclasses.replace(site, op=fusion.name, call=call.name))
             log.debug("%s", sites[-1])
+        sites.extend(_near_misses(graph, fusion, refused))  # before a shorter fusion takes a part of them
     if inputs_are_settled:
         _allow_early_reads(graph, {call: match for call, (match, _) in calls.items()}, around)
     graph.lint()
@@ -133,6 +137,15 @@ def _site(fusion: Fusion[Any], match: Match) -> Site:
     )
     names = tuple(node.name for node in sorted(match.interior))
     return Site(fusion.name, module_path(match.anchor), source_line(match.anchor), nodes=names, inputs=inputs)
+
+
+def _near_misses(graph: Graph, fusion: Fusion[Any], refused: set[Node]) -> Iterator[Site]:
+    for node in graph.nodes:
+        if node not in refused and (miss := fusion.near_miss(node)) is not None:
+            at = miss.node or node
+            site = Site(fusion.name, module_path(node), source_line(at), miss.code, miss.reason, nodes=(at.name,))
+            log.debug("%s", site)
+            yield site
 
 
 def _writes(graph: Graph) -> list[str]:

@@ -103,6 +103,18 @@ class AttentionFusion(Fusion[AttentionMatch]):
             scale=1 / math.sqrt(size) if scale is None else scale,
         )
 
+    def near_miss(self, node: Node) -> Refused | None:
+        q = argument(node, 0, "query")
+        # A prompt is no site by design, however it is masked.
+        if node.target is not F.scaled_dot_product_attention or value(q).dim() != 4 or value(q).shape[2] != 1:
+            return None
+        dropout, causal = argument(node, 4, "dropout_p", default=0.0), argument(node, 5, "is_causal", default=False)
+        if dropout != 0:
+            return Refused("structure", f"expected no dropout, got dropout_p={dropout}", node)
+        if causal is not False:
+            return Refused("structure", f"expected is_causal=False for one query, got {causal}", node)
+        return None
+
     def check(self, match: AttentionMatch) -> None:
         q, k, v = (value(x).shape for x in (match.q, match.k, match.v))
         if k != v or k[0] != q[0] or k[3] != q[3]:

@@ -15,8 +15,8 @@ import torch
 from torch.fx import Node
 
 from fusepass import ops
-from fusepass.fusion import Fusion, Match
-from fusepass.graph import argument, is_op, operands, reads_only_shape
+from fusepass.fusion import Fusion, Match, Refused
+from fusepass.graph import argument, described, is_op, operands, reads_only_shape
 from fusepass.linear import Linear, check_linear, find_linear
 from fusepass.patterns.linear_residual import find_residual
 from fusepass.patterns.rms_norm import RMSNorm, check_rms_norm, find_rms_norm
@@ -82,6 +82,23 @@ class NormGatedMLPFusion(Fusion[NormGatedMLPMatch]):
                 activation_name=found[1],
                 residual=residual,
             )
+        return None
+
+    def near_miss(self, node: Node) -> Refused | None:
+        for activated, other in operands(node, "mul"):
+            if not is_op(activated, "silu") and not is_op(activated, "gelu"):
+                continue
+            before, reader = argument(activated, 0, "input"), next(iter(node.users), node)
+            gate, up, down = map(find_linear, (before, other, reader))
+            if not (gate or up):
+                return None
+            if activation_of(activated) is None:
+                return Refused("structure", f"expected SiLU or tanh-GELU, got {described(activated)}", activated)
+            for name, linear, got in (("gate", gate, before), ("up", up, other), ("down", down, reader)):
+                if linear is None:
+                    return Refused("structure", f"expected the linear layer '{name}', got {described(got)}", got)
+            if gate and up and gate.x is not up.x:
+                return Refused("structure", f"gate reads {described(gate.x)}, up reads {described(up.x)}", up.out)
         return None
 
     def check(self, match: NormGatedMLPMatch) -> None:

@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
-from fusepass.graph import argument, half_of, is_op, is_transpose, operands, value
+from fusepass.graph import argument, described, half_of, is_op, is_transpose, operands, value
 from fusepass.linear import Linear, check_linear, find_linear
 from fusepass.patterns.norm_gated_mlp import find_input_norm
 from fusepass.patterns.rms_norm import RMSNorm, check_rms_norm, find_rms_norm
@@ -124,6 +124,36 @@ def _plain(linear: Linear) -> Heads | None:
     return None
 
 
+def _seen_as_heads(linear: Linear) -> bool:
+    """Whether the next few nodes make heads of `linear`, with no other linear layer (LoRA's second) on the way."""
+    for node in _descendants(linear.out, 4):
+        if is_op(node, "view") and getattr(value(node), "ndim", 0) == 4:
+            return True
+        if is_op(node, "linear"):
+            return False
+    return False
+
+
+def _miss(linear: Linear) -> Refused | None:
+    """Why the branch that begins at `linear` is not seen as heads and rotated; None if nothing looks wrong."""
+    reader = next(iter(linear.out.users), linear.out)
+    if not is_op(reader, "view"):
+        return Refused("structure", f"expected '{linear.out.name}' viewed as heads, got {described(reader)}", reader)
+    size = value(reader).shape[-1]
+    for node in _descendants(linear.out, 40):
+        rope = find_rope(node)
+        if rope and value(rope.x).shape[-1] != size:
+            return Refused("rotary", f"partial rotary: {value(rope.x).shape[-1]} of {size}", node)
+        index = node.args[1] if is_op(node, "getitem") else None
+        last = index[-1] if isinstance(index, tuple) else None
+        if isinstance(last, slice) and last.step not in (None, 1):
+            reason = (
+                f"interleaved rotary: expected the two halves of one tensor, got every second value: {described(node)}"
+            )
+            return Refused("rotary", reason, node)
+    return None
+
+
 @dataclass(frozen=True)
 class NormQKVRopeMatch(Match):
     norm: RMSNorm | None
@@ -170,6 +200,27 @@ class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
             q_rope=q_rope,
             k_rope=k_rope,
         )
+
+    def near_miss(self, node: Node) -> Refused | None:
+        first = find_linear(node)
+        if first is None:
+            return None
+        readers = [linear for user in first.x.users if (linear := find_linear(user))]
+        heads = [linear for linear in readers if _seen_as_heads(linear)]
+        if len(heads) < 3 or heads[0].out is not node:
+            return None
+        extra = [linear for linear in readers if linear not in heads]
+        if extra:
+            reason = f"'{first.x.name}' has another user: {described(extra[0].out)}"
+            return Refused("extra-user", reason, extra[0].out)
+        straight = [linear for linear in heads if _rotated(linear) is None]
+        misses = [miss for linear in straight if (miss := _miss(linear))]
+        if misses:
+            return misses[0]
+        found = (
+            f"expected two rotated branches and one that is not, got {len(heads) - len(straight)} and {len(straight)}"
+        )
+        return Refused("rotary", found, node)
 
     def check(self, match: NormQKVRopeMatch) -> None:
         for norm in (match.norm, match.q.norm, match.k.norm):

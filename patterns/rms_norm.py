@@ -8,6 +8,7 @@ The source it accepts (transformers, `Qwen3RMSNorm.forward` and the 130 models t
     return self.weight * hidden_states.to(input_dtype)
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.fx import Node
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
-from fusepass.graph import is_cast, mean_of_last, operands, rsqrt_of, square_of, value
+from fusepass.graph import described, is_cast, is_op, mean_of_last, operands, rsqrt_of, square_of, value
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,31 @@ def find_rms_norm(out: Any) -> RMSNorm | None:
                 if isinstance(weight, Node) and not isinstance(eps, Tensor):
                     return RMSNorm(x, weight, eps, wide, scaled, out, tuple(nodes))
     return None
+
+
+def _miss(rstd: Node) -> Refused | None:
+    """Why the norm that 1/rms seems to belong to is not one, if `rstd` is the rsqrt of a mean of squares."""
+    total = rsqrt_of(rstd)
+    sides = [*operands(total, "add")] or [(total, None)]
+    means = [(mean, eps) for mean, eps in sides if is_op(mean, "mean") and square_of(mean.args[0]) is not None]
+    if not means:
+        return None
+    (mean, eps), *_ = means
+    if eps is None or isinstance(value(eps), Tensor):
+        return Refused(
+            "structure", f"expected a number (epsilon) added to the mean, got {described(eps or rstd)}", total
+        )
+    if mean_of_last(mean) is None:
+        return Refused("structure", "the mean of squares is not over the last dimension with keepdim=True", mean)
+    wide, user = square_of(mean.args[0]), next(iter(rstd.users), rstd)
+    if not any(x is wide for x, other in operands(user, "mul") if other is rstd):
+        return Refused("structure", f"expected {described(wide)} times '{rstd.name}', got {described(user)}", user)
+    while len(user.users) == 1 and is_cast(next(iter(user.users))):
+        user = next(iter(user.users))
+    reader = next(iter(user.users), user)
+    if any(find_rms_norm(found) for found in user.users):
+        return None
+    return Refused("structure", f"expected '{user.name}' times the norm's weight, got {described(reader)}", reader)
 
 
 def check_rms_norm(norm: RMSNorm) -> None:
@@ -89,6 +115,15 @@ class RMSNormFusion(Fusion[RMSNormMatch]):
             outputs=(node,),
             norm=norm,
         )
+
+    def near_miss(self, node: Node) -> Refused | None:
+        if rsqrt_of(node) is not None:
+            return _miss(node)
+        name = str(node.target)
+        # F.rms_norm, a custom op, a kernel of the hub
+        if node.op.startswith("call_") and re.search("rms_?norm", name, re.I) and not name.startswith("fusepass."):
+            return Refused("opaque", f"{described(node)} is one operator, whose rounding is not known", node)
+        return None
 
     def check(self, match: RMSNormMatch) -> None:
         check_rms_norm(match.norm)

@@ -182,6 +182,8 @@ def run(
     torch.testing.assert_close(inputs, copies)
     if isinstance(module, nn.Module):
         torch.testing.assert_close(module.state_dict(), twin.state_dict())
+    # What a match reads is known: sites without are near misses, which have tests of their own.
+    reports[-1].sites = [site for site in reports[-1].sites if site.inputs]
     return reports[-1], graphs[-1]
 
 
