@@ -28,7 +28,7 @@ def test_importing_is_cheap_and_needs_neither_torch_nor_triton() -> None:
 def test_the_backend_and_its_ops_load_without_triton() -> None:
     hide = "import sys; sys.modules['triton'] = None; "
     code = hide + "import fusepass; print(*[f.name for f in fusepass.fusions()])"
-    assert python(code) == "norm_gated_mlp norm_qkv_rope attention linear_residual norm_linear rms_norm"
+    assert python(code) == "norm_gated_mlp norm_qkv_rope attention self_attention linear_residual norm_linear rms_norm"
 
 
 def test_the_backend_is_found_by_name_without_an_import() -> None:

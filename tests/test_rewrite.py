@@ -55,8 +55,18 @@ def test_every_write_of_a_static_cache_stays_in_its_place() -> None:
     gm = decode_graph()
     before = writers(gm)
     assert sum("index_copy" in name for name in before) == 4
-    fuse(gm, Options())
+    fuse(gm, Options(fusions={"self_attention": False}))
     assert writers(gm) == before
+
+
+def test_a_join_writes_what_it_took_in_and_no_other_write_moves() -> None:
+    gm = decode_graph()
+    before = [name for name in writers(gm) if "index_copy" not in name]
+    fuse(gm, Options())
+    joined = [node.name for node in calls(gm, "self_attention")]
+    assert len(joined) == 2
+    assert [name for name in writers(gm) if name not in joined] == before
+    assert [name for name in writers(gm) if name in joined] == joined
 
 
 def remove_dead_code(graph: Graph) -> None:
