@@ -4,17 +4,18 @@ A table is a JSON object {key: config}; a key says kernel, rows, N, K and dtype.
 own safe default.
 """
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 Config = dict[str, int]
 
-forced: Config | None = None
-"""Used instead of any table while set: how the tuner tries one config after another."""
+_overrides: dict[str, Config] = {}
 
 
 def key(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
@@ -46,11 +47,19 @@ def table() -> dict[str, Config]:
     return merged
 
 
-@functools.cache
-def _lookup(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config | None:
-    return table().get(key(kernel, m, n, k, dtype))
+@contextlib.contextmanager
+def override(configs: Mapping[str, Config]) -> Iterator[None]:
+    """Use these configs, by key, before those of the tables and of an `override` around this one: how the tuner tries
+    them. An op's overload may replay what it has recorded; its `launch` chooses anew in every call."""
+    global _overrides
+    before, _overrides = _overrides, {**_overrides, **configs}
+    try:
+        yield
+    finally:
+        _overrides = before
 
 
 def lookup(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config | None:
     """The measured launch config for this GPU, if there is one."""
-    return forced if forced is not None else _lookup(kernel, m, n, k, dtype)
+    name = key(kernel, m, n, k, dtype)
+    return _overrides.get(name) or table().get(name)

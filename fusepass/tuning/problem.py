@@ -1,0 +1,121 @@
+"""What there is to tune: the kernels of a model's step that have launch configs, and the configs that each may take."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusepass import tuning
+from fusepass.kernels import gemv, skinny
+from fusepass.kernels.launch import cdiv, next_power_of_2
+from fusepass.ops.library import SKINNY_LIMIT, strategy
+from fusepass.tuning import Config
+from fusepass.tuning.step import EPS, Model, Work
+
+
+class Problem(NamedTuple):
+    """One kernel at one size. kernel: "linears" (sizes: one or three N) or "gated" (sizes: one N)."""
+
+    kernel: str
+    rows: int
+    sizes: tuple[int, ...]
+    k: int
+    norm: bool = False
+    residual: bool = False
+
+    @property
+    def skinny(self) -> bool:
+        """Whether the ops run it with the tensor-core kernels."""
+        return strategy(self.rows) == "skinny"
+
+    @property
+    def m(self) -> int:
+        """Rows as tables count them: the skinny kernels', rounded up to a tile of 8, 16, 32 or 64."""
+        return max(8, next_power_of_2(self.rows)) if self.skinny else self.rows
+
+    @property
+    def matrices(self) -> int:
+        """Tiles of weights that a program holds."""
+        return 2 if self.kernel == "gated" else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        return 2 * sum(self.sizes) * self.k * self.matrices
+
+    def key(self) -> str:
+        kernel = f"skinny {self.kernel}" if self.skinny else self.kernel
+        return tuning.key(kernel, self.m, sum(self.sizes), self.k, torch.bfloat16)
+
+
+def problems(model: Model, rows: int) -> list[Problem]:
+    """The four products of a decoder layer, and that of the language-model head. Raises ValueError where `rows` rows
+    have no kernels of ours."""
+    if not 1 <= rows <= SKINNY_LIMIT:
+        raise ValueError(f"{rows} rows have no launch configs: the kernels take 1 to {SKINNY_LIMIT}")
+    hidden, inner = model.hidden, model.intermediate
+    return [
+        Problem("linears", rows, (model.q_size, model.kv_size, model.kv_size), hidden, norm=True),
+        Problem("linears", rows, (hidden,), model.q_size, residual=True),
+        Problem("gated", rows, (inner,), hidden, norm=True),
+        Problem("linears", rows, (hidden,), inner, residual=True),
+        Problem("linears", rows, (model.vocabulary,), hidden, norm=True),
+    ]
+
+
+def candidates(problem: Problem) -> Iterator[Config]:
+    """The configs worth a measurement."""
+    yield from _skinny(problem) if problem.skinny else _rows(problem)
+
+
+def _rows(problem: Problem) -> Iterator[Config]:
+    """Tiles of 16 to 128 products a thread, each row of activations counted. The walk along K is a loop or, where that
+    takes few steps of large tiles, unrolled too."""
+    for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
+        held = n * k * problem.matrices * problem.m / (32 * warps)
+        if k > next_power_of_2(problem.k) or not 16 <= held <= 128:
+            continue
+        tile = {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
+        yield tile
+        steps = cdiv(problem.k, k)
+        if k >= 512 and 2 <= steps <= 16:
+            yield {**tile, "UNROLL": steps}
+
+
+def _skinny(problem: Problem) -> Iterator[Config]:
+    """Tiles of 16 to 128 weights a thread, in pipelines that fit in 200 KB of shared memory."""
+    m, matrices = problem.m, problem.matrices
+    for n, slices, k, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
+        step = slices * k
+        held = n * step * matrices / (32 * warps)
+        if step >= 2 * problem.k or slices > 2 * warps or not 16 <= held <= 128 or n * m > 8192 // matrices:
+            continue
+        for stages in (3, 4, 5) if step < problem.k else (1,):
+            if (n * matrices + m) * step * 2 * stages <= 200 << 10:
+                tile = {"BLOCK_M": m, "BLOCK_N": n, "SLICES": slices, "BLOCK_K": k}
+                yield {**tile, "num_warps": warps, "num_stages": stages}
+
+
+def chain(problem: Problem, copies: int, device: str = "cuda") -> Work:
+    """A function that launches the kernel once for each of `copies` distinct sets of weights."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+
+    rows, sizes, k = problem.rows, problem.sizes, problem.k
+    kernels = skinny if problem.skinny else gemv
+    x, norm = new(rows, k), new(k) if problem.norm else None
+    outs, none = [new(rows, n) for n in sizes], [None] * len(sizes)
+    residual = new(rows, sizes[0]) if problem.residual else None
+    weights = [[new(n, k) for n in sizes * problem.matrices] for _ in range(copies)]
+
+    def run() -> None:
+        for some in weights:
+            if problem.kernel == "gated":
+                kernels.gated(x, norm, EPS, *some, None, None, outs[0], "silu", False, True)
+            else:
+                kernels.linears(x, norm, EPS, some, none, outs, residual, False, True)
+
+    return run
