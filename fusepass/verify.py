@@ -41,7 +41,8 @@ ROUNDINGS = 4
 """Runs that set the yardstick; the one farthest off counts. Where one number decides (a saturated softmax), the ratio
 of two single errors has no variance; that of one to the largest of four exceeds r with a chance that falls as r^-4."""
 FACTOR = 4.0
-"""How much farther off a correct result may be than those."""
+"""How much farther off a correct result may be. In 207 draws of Qwen3 and Qwen2 in f16, f32 and bf16 the worst came to
+0.32 of the limit; in 32 steps of two layers with k_norm weights of 96.5, to 0.65 of it in f32 and 0.3 in f16."""
 FLOOR = 16 * torch.finfo(torch.float32).eps
 """What the order of summation may do in f32 that no rounding of operands shows; beside one unit in the last place."""
 

@@ -1,6 +1,7 @@
 """`options={"verify": ...}`: what is wrong is found, named and survived; what is right is left as it is."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,8 @@ from fusepass.verify import VerificationError
 from tests.models import small_qwen3, static_cache
 
 LAYERS = 2
-DRAWS = 23
-"""For each of three families and three dtypes: more than 200."""
+DRAWS = int(os.environ.get("FUSEPASS_DRAWS", "3"))
+"""For each of three families and three dtypes; 23 make more than 200, and take ten minutes on two CPU cores."""
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 
 
@@ -236,7 +237,7 @@ def test_after_a_fault_outputs_are_views_of_the_users_own_tensors(plant: Callabl
     plant("linear_residual", _bias)
     x, state = torch.randn(5, 24), torch.zeros(3, 24)
     _, nothing, row, _ = compiled(Noisy())(x, state)
-    assert faults()
+    assert faults()[0].startswith("output 0: error")  # which other random numbers would hide
     assert nothing is None
     row.fill_(3)
     assert (state[0] == 3).all()
@@ -335,7 +336,7 @@ def test_one_wrong_channel_is_seen_beside_an_outlier() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_no_false_alarm_in_fresh_draws(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of weights and inputs, each verified, kernels and all; printed is how near to its limit the worst came."""
     monkeypatch.setenv("FUSEPASS_CPU", "interpret")
@@ -349,7 +350,7 @@ def test_no_false_alarm_in_fresh_draws(family: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(verify, "compare", recorded)
     for dtype in DTYPES:
         torch._dynamo.reset()
-        model = small_qwen3(1, dtype, family)
+        model = small_qwen3(1, dtype, family, num_attention_heads=4)
         run = compiled(model)
         for _ in range(DRAWS):
             for name, parameter in model.named_parameters():
