@@ -12,8 +12,11 @@ from fusepass.report import GraphReport
 from fusepass.rewrite import fuse
 
 
-def small_qwen3(layers: int = 2, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A Qwen3 with head_dim independent of hidden / heads, grouped heads, and norm weights far from one."""
+def small_qwen3(
+    layers: int = 2, dtype: torch.dtype = torch.float32, family: str = "qwen3", **changes: Any
+) -> PreTrainedModel:
+    """A Qwen3, or a model of another family: head_dim independent of hidden / heads, grouped heads, and norm weights
+    far from one."""
     config = dict(
         vocab_size=152,
         hidden_size=56,
@@ -24,7 +27,7 @@ def small_qwen3(layers: int = 2, dtype: torch.dtype = torch.float32, **changes: 
         head_dim=16,
         max_position_embeddings=128,
     )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **{**config, **changes}), torch_dtype=dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**config, **changes}), torch_dtype=dtype)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.3, 3.0)

@@ -4,6 +4,7 @@ import copy
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fusepass.patterns.norm_gated_mlp import NormGatedMLPFusion
 from fusepass.patterns.rms_norm import RMSNormFusion
 from fusepass.rewrite import fuse
 from tests.models import capture, fused, small_qwen3, static_cache
+from tests.patterns.test_self_attention import Net, attend, inputs
 from tests.patterns.toys import HIDDEN, MLP, Attention, Norm, Residual, all_fused, hidden, refusal, run, tables
 
 
@@ -39,9 +41,9 @@ def writers(gm: GraphModule) -> list[str]:
     return [node.name for node in gm.graph.nodes if mutated(node)]
 
 
-def decode_graph() -> GraphModule:
+def decode_graph(layers: int = 2, **changes: Any) -> GraphModule:
     """A decoding step of a Qwen3 with a static cache."""
-    model = small_qwen3()
+    model = small_qwen3(layers, **changes)
     with torch.no_grad():
         cache = static_cache(model, 1, 8)
         (gm,) = capture(model, torch.randint(152, (1, 1)), past_key_values=cache, use_cache=True)
@@ -240,8 +242,8 @@ class Stack(nn.Module):
         return self.second(y)
 
 
-def early(gm: GraphModule) -> list[bool]:
-    return [call.kwargs.get("early", False) for call in calls(gm, "norm_gated_mlp")]
+def early(gm: GraphModule, op: str = "norm_gated_mlp") -> list[bool]:
+    return [call.kwargs.get("early", False) for call in calls(gm, op)]
 
 
 def test_ops_behind_an_op_may_read_their_weights_early() -> None:
@@ -279,6 +281,62 @@ def test_an_op_in_an_inner_graph_may_not() -> None:
     net = Stack()
     _, gm = run(lambda x: checkpoint(net, x, use_reentrant=False), hidden())
     assert [early(module) for module in gm.modules() if isinstance(module, GraphModule)] == [[], [False, False]]
+
+
+def early_attention(gm: GraphModule) -> list[bool]:
+    return early(gm, "self_attention")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [(["full"] * 3, [False, True, True]), (["full", "sliding", "full", "sliding"], [False, False, True, True])],
+    ids=str,
+)
+def test_attention_may_read_a_mask_early_that_an_op_before_it_has_waited_for(
+    kinds: list[str], expected: list[bool]
+) -> None:
+    """A model computes one mask for all layers of a kind. The first op of a graph reads nothing early."""
+    gm = decode_graph(
+        len(kinds), layer_types=[f"{kind}_attention" for kind in kinds], sliding_window=5, use_sliding_window=True
+    )
+    fuse(gm, Options())
+    assert early_attention(gm) == expected
+
+
+def test_attention_may_read_a_mask_early_that_the_caller_computed() -> None:
+    assert early_attention(run(Net(layers=2, caches=2), *inputs())[1]) == [False, True]
+
+
+def test_attention_that_does_not_follow_the_op_that_waited_for_its_mask_may_not() -> None:
+    first, mlp, second = Net(), MLP(), Net()
+
+    def net(follow: bool, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        mask = mask & (position > 0)
+        y, _ = first(x, cos, sin, position, mask)
+        z, _ = second(mlp(y if follow else x), cos, sin, position, mask)
+        return y + z
+
+    for follow in (False, True):
+        assert early_attention(run(partial(net, follow), *inputs())[1]) == [False, follow]
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "every layer computes its mask": {"attend": lambda s: attend(s.q, s.keys, s.values, s.mask & (s.x[:1, :, :1] < 9))},
+    "the mask is written": {"last": lambda s: s.mask.logical_or_(s.x[:1, :, :1] < 9).sum()},
+    "keys are written": {"last": lambda s: s.keys.mul_(2).sum()},
+    "values are written": {"last": lambda s: s.values.view(-1)[3:].mul_(2).sum()},
+    "a weight is written": {"last": lambda s: s.project.norm.weight.mul_(2).sum()},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_attention_may_not_read_early_what_the_graph_computes_or_writes(name: str) -> None:
+    assert early_attention(run(Net(layers=3, caches=3, **STEPS[name]), *inputs())[1]) == [False] * 3
+
+
+def test_attention_may_not_read_a_cache_early_that_another_layer_writes() -> None:
+    """Of three layers the last has the cache of the first."""
+    assert early_attention(run(Net(layers=3, caches=2), *inputs())[1]) == [False, True, False]
 
 
 # --- inner graphs ---
