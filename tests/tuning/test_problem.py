@@ -78,8 +78,8 @@ def test_an_override_goes_before_the_tables_and_ends_with_its_context(monkeypatc
 
     monkeypatch.setattr(tuning, "table", lambda: configs(n1=1, n2=2))
     with tuning.override(configs(n2=20)):
-        with contextlib.suppress(KeyError), tuning.override(configs(n1=100, n3=300)):
-            assert found() == [100, 20, 300]
+        with contextlib.suppress(KeyError), tuning.override(configs(n1=100, n2=200, n3=300)):
+            assert found() == [100, 200, 300]
             raise KeyError
         assert found() == [1, 20, None]
     assert found() == [1, 2, None]
