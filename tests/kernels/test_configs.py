@@ -12,6 +12,7 @@ from torch import Tensor
 import fusepass.tuning
 from fusepass import tuning
 from fusepass.kernels import gemv, skinny
+from fusepass.kernels.launch import next_power_of_2
 from fusepass.ops import OPS
 from tests.ops.gate import poisoned
 from tests.ops.sites import DEVICE
@@ -50,8 +51,16 @@ def eager(
     return residual + F.linear(h, w0, b0)
 
 
-def check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
+def check(config: Config, kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
     """`kernel` ("linears", "gated", or either after "skinny ") is as exact as eager: root mean square over draws."""
+    rows = max(8, next_power_of_2(m)) if kernel.startswith("skinny") else m
+    with tuning.override({tuning.key(kernel, rows, n, k, dtype): config}):
+        kernels = skinny if kernel.startswith("skinny") else gemv
+        assert config.items() <= kernels._config(kernel.removeprefix("skinny "), m, n, k, dtype).items()
+        _check(kernel, m, n, k, dtype, norm, draws)
+
+
+def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
     kernels = skinny if kernel.startswith("skinny") else gemv
     results: tuple[list[Tensor], ...] = ([], [], [])
     for _ in range(draws):
@@ -77,21 +86,15 @@ def check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, d
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kernel", ["linears", "gated"])
 @pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
-def test_rows_by_every_walk_along_k(
-    config: Config, m: int, kernel: str, norm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "forced", config)
-    check(kernel, m, 13, K, torch.float16, norm, 8)
+def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
+    check(config, kernel, m, 13, K, torch.float16, norm, 8)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
 @pytest.mark.parametrize(("config", "m"), [*zip(SKINNY, (3, 8, 16, 11, 5))], ids=str)
-def test_skinny_by_every_walk_along_k(
-    config: Config, m: int, kernel: str, norm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "forced", config)
-    check(kernel, m, 24, K, torch.float16, norm, 4)
+def test_skinny_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
+    check(config, kernel, m, 24, K, torch.float16, norm, 4)
 
 
 TABLES = sorted(Path(fusepass.tuning.__file__).parent.glob("*.json"))
@@ -100,12 +103,11 @@ SHIPPED = [(table.stem, key, config) for table in TABLES for key, config in json
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("table", "key", "config"), SHIPPED, ids=lambda value: str(value))
-def test_every_shipped_config(table: str, key: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_config(table: str, key: str, config: Config) -> None:
     if tuning.slug() != table:
         pytest.skip(f"the config is for {table}")
-    monkeypatch.setattr(tuning, "forced", config)
     found = re.fullmatch(r"((?:skinny )?\w+) m(\d+) n(\d+) k(\d+) (\w+)", key)
     assert found is not None
     m, n, k = map(int, found.group(2, 3, 4))
     for rows in {m, max(1, m // 2 + 1)} if "skinny" in key else {m}:
-        check(found[1], rows, n, k, getattr(torch, found[5]), True, 2 if n * k > 2**28 else 8)
+        check(config, found[1], rows, n, k, getattr(torch, found[5]), True, 2 if n * k > 2**28 else 8)
