@@ -78,7 +78,7 @@ SHAPES = [
     (4, 70, Sizes(34, 8, 2, 1, 80)), (16, 1, Sizes(20, 8, 4, 2, 16)),
 ]  # fmt: skip
 """Batch, length of the cache, sizes: one split and several, groups and heads that are no power of two, one position."""
-MASKED = [(SHAPES[i % len(SHAPES)], DTYPES[i % 2], mask) for i, mask in enumerate(MASKS * 2)]
+MASKED = [(SHAPES[i % len(SHAPES)], DTYPES[i % 2], mask) for i, mask in enumerate(MASKS)]
 REAL = [
     (batch, length, sizes)
     for sizes in (QWEN3, QWEN3_8B)
@@ -96,18 +96,16 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
     assert_exact(Case(batch, 1, None, dtype, sizes=sizes), given(length, mask))
 
 
-@pytest.mark.parametrize("size", [128, 256, 40])
+@pytest.mark.parametrize("size", [128, 40])
 def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
-    """Blocks are 32, 16 and 64 positions long."""
+    """Blocks are 32 and 64 positions long."""
     edges = [0, 15, 16, 31, 32, 63, 64, 66]
     case = Case(4, 1, None, F16, sizes=Sizes(32, 8, 2, 1, size))
     assert case.launches == len(edges)
     assert_exact(case, given(67, no_mask, edges))
 
 
-@pytest.mark.parametrize(
-    ("group", "size"), [(1, 16), (2, 24), (3, 64), (4, 256), (5, 96), (8, 128), (15, 2), (16, 32), (17, 16), (20, 40)]
-)
+@pytest.mark.parametrize(("group", "size"), [(1, 16), (3, 64), (5, 96), (15, 2), (16, 32), (17, 16)])
 def test_any_group_and_head_size_is_as_exact_as_eager(group: int, size: int) -> None:
     assert_exact(Case(8, 1, None, F16, sizes=Sizes(24, 8, group, 1, size)))
 
