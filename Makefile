@@ -5,13 +5,16 @@ BIN = $(VENV)/bin
 # Without a GPU the kernels run in Triton's interpreter, which is chosen before Python starts.
 CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 FUSEPASS_CPU=interpret')")
 
-.PHONY: demo test test-gpu test-matrix lint typecheck bench readme checkpoint clean
+.PHONY: demo test test-slow test-gpu test-matrix lint typecheck bench readme checkpoint clean
 
 demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
 	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.installed  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed  ## those that take minutes in Triton's interpreter
+	$(BIN)/python -m pytest -m "not gpu and slow" $(ARGS)
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

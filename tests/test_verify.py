@@ -335,6 +335,7 @@ def test_one_wrong_channel_is_seen_beside_an_outlier() -> None:
     assert right <= limit < error
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_no_false_alarm_in_fresh_draws(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

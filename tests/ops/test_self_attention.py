@@ -96,6 +96,7 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
     assert_exact(Case(batch, 1, None, dtype, sizes=sizes), given(length, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [128, 40])
 def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
     """Blocks are 32 and 64 positions long."""
@@ -105,6 +106,7 @@ def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
     assert_exact(case, given(67, no_mask, edges))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "size"), [(1, 16), (3, 64), (5, 96), (15, 2), (16, 32), (17, 16)])
 def test_any_group_and_head_size_is_as_exact_as_eager(group: int, size: int) -> None:
     assert_exact(Case(8, 1, None, F16, sizes=Sizes(24, 8, group, 1, size)))
@@ -129,6 +131,7 @@ HIGH = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HIGH, ids=str)
 def test_high_keeps_f32(case: Case) -> None:
     """As in `assert_keeps_f32`: the yardstick is the reference."""
