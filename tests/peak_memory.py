@@ -8,8 +8,8 @@ prints the peaks from the loaded model on, compilation included: bytes allocated
 import sys
 
 import torch
-from benchmarks.models import qwen3_config, random_model, static_cache
 
+from fusepass.bench.models import qwen3_config, random_model, static_cache
 from tests.decoding import compiled, decode
 
 STEPS = 8

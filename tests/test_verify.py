@@ -71,9 +71,10 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Planted]]:
 def decode(model: Any, run: Any, steps: Tensor, prompt: int = 3) -> tuple[Tensor, list[Tensor]]:
     """Logits of each step after a prompt, and the tensors of the static cache at the end."""
     cache = static_cache(model, steps.shape[0], steps.shape[1] + 4)
-    logits = [run(steps[:, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]]
-    for i in range(prompt, steps.shape[1]):
-        logits.append(run(steps[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1].clone())
+    logits = []
+    for tokens in (steps[:, :prompt], *steps[:, prompt:].split(1, 1)):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits.append(run(tokens, past_key_values=cache, use_cache=True).logits[:, -1].clone())
     return torch.stack(logits), [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 

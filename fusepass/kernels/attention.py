@@ -20,6 +20,8 @@ from fusepass.kernels.launch import cdiv, interpreted, is_hip, next_power_of_2, 
 
 TILE_ROWS = 16
 """Rows of the tile: the fewest that `tl.dot` takes."""
+FEW = tl.constexpr(8)
+"""Up to so many visible blocks a split are each loaded ahead into registers; more are pipelined through shared memory."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _VERY_LOW = tl.constexpr(-1e30)
 """An additive mask hides with -inf or with the lowest finite value of some dtype."""
@@ -113,7 +115,8 @@ def attention_kernel(
     cos_ptr, sin_ptr, cos_stride_b, cos_stride_d, sin_stride_b, sin_stride_d,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, MASK_ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
-    SCAN: tl.constexpr, AHEAD: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    SCAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS = S * GROUP queries of one K/V head over blocks split, split + splits, ... of the cache.
 
@@ -166,8 +169,11 @@ def attention_kernel(
         i = tl.arange(0, TILE if MASK_ROWS > 1 else 1)
         mask_offsets = (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
         mask_rows = i < MASK_ROWS
+    ahead_end = last + 1 if AHEAD else first
     if AHEAD:
-        end = tl.where(first <= last, length, 0)  # behind it nothing is read
+        if STAGES > 0:
+            ahead_end = tl.where(last - first < FEW, last + 1, first)
+        end = tl.where(first < ahead_end, length, 0)  # behind it nothing is read
         start = (split + first * splits) * BLOCK
         k_lo, k_hi, v = _load_block(k_ptr, v_ptr, k_stride_t, v_stride_t, start, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK)
     q_norm_lo, q_norm_hi = load_halves(q_norm_ptr, 1, HALF, BLOCK_H)
@@ -203,9 +209,9 @@ def attention_kernel(
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_D], tl.float32)
     if AHEAD:
-        for n in range(first, last + 1):
+        for n in tl.range(first, ahead_end, num_stages=1):
             start = (split + n * splits) * BLOCK
-            end = tl.where(n < last, length, 0)
+            end = tl.where(n + 1 < ahead_end, length, 0)
             next_k_lo, next_k_hi, next_v = _load_block(
                 k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
             )
@@ -219,9 +225,9 @@ def attention_kernel(
                 mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
             )  # fmt: skip
             k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
-    else:
+    if STAGES > 0:
         tl.debug_barrier()  # behind it all threads see the new key and value in the cache
-        for n in range(first, last + 1):
+        for n in tl.range(ahead_end, last + 1, num_stages=STAGES):
             start = (split + n * splits) * BLOCK
             k_lo, k_hi, v = _load_block(
                 k_ptr, v_ptr, k_stride_t, v_stride_t, start, length, D, HALF, BLOCK_D, BLOCK_H, BLOCK
@@ -302,27 +308,24 @@ class Plan(NamedTuple):
     """Positions of a block."""
     splits: int
     ahead: bool
-    """Whether a block is loaded into registers while the one before is attended to, and the first one before the kernel
-    waits; else blocks are pipelined through shared memory."""
-    num_stages: int
+    """Whether few visible blocks are each loaded into registers while the one before is attended to, and the first one
+    before the kernel waits."""
+    stages: int
+    """Of the pipeline through shared memory that takes more; 0 where there never are more."""
 
 
 @functools.lru_cache(4096)
 def _plan(groups: int, size: int, length: int, element_size: int, programs: int) -> Plan:
-    # Loading ahead, 8 KB of K a block, is best for few blocks a split: 32 positions of a bf16 head of 128. One layer of
-    # Qwen3-0.6B on an H200, cache 1024, context 512, both kernels: 4.4 us for one row (32 splits), 10.3 for 8 rows
-    # (4 splits) against 10.8 pipelined, but 28.4 against 23.1 (64 positions, 3 stages) for 32 rows (1 split).
     row = _block_d(size) * element_size
     block = max(16, min(64, 8192 // row))
-    most = max(1, programs // groups)
-    splits = min(cdiv(length, block), most)
-    if cdiv(length, block) <= 8 * splits:
-        return Plan(block, splits, ahead=True, num_stages=1)
-    block *= 2
+    blocks = cdiv(length, block)
+    # A power of two, as the tile of the combine has: 33 splits take 0.8 us more than 32.
+    splits = min(blocks, 1 << (max(1, programs // groups).bit_length() - 1))
+    if blocks <= FEW.value * splits:
+        return Plan(block, splits, ahead=True, stages=0)
     # As many stages as fit shared memory: 99 KB on the smallest of NVIDIA's GPUs since 2020, 64 KB on AMD's.
     room = (48 if not interpreted() and is_hip() else 96) << 10
-    stages = max(1, min(3, room // (2 * block * row)))
-    return Plan(block, min(cdiv(length, block), most), ahead=False, num_stages=stages)
+    return Plan(block, splits, ahead=True, stages=max(1, min(6, room // (2 * block * row))))
 
 
 def _block_d(size: int) -> int:
@@ -398,7 +401,7 @@ def attention(
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
         **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)), BLOCK=block,
-        SCAN=scan, AHEAD=plan.ahead, HIGH=high, num_warps=4, num_stages=plan.num_stages,
+        SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=4,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:

@@ -60,6 +60,27 @@ def _tile(x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row: tl.constexpr, K:
 
 
 @triton.jit
+def _multiply_add(acc, w, x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row: tl.constexpr, M: tl.constexpr,
+                  K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
+    """`acc` with the products of one weight tile and a row's activations, if there is such a row."""
+    if row < M:
+        return acc + w * _tile(x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row, K, BLOCK_K, HIGH)
+    else:
+        return acc
+
+
+@triton.jit
+def _multiply_add_gated(gate, up, g, u, x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row: tl.constexpr,
+                        M: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
+    """The same for the two tiles of a gated MLP."""
+    if row < M:
+        x = _tile(x, x_ptr, x_stride, norm, norm_ptr, rstd, start, row, K, BLOCK_K, HIGH)
+        return gate + g * x, up + u * x
+    else:
+        return gate, up
+
+
+@triton.jit
 def _row_rstd(x, x_ptr, x_stride, norm_ptr, eps, row: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
               BLOCK_K: tl.constexpr):  # fmt: skip
     """1 / rms of a row whose first BLOCK_K numbers are `x`."""
@@ -139,16 +160,18 @@ def linear_rows_kernel(
     rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        acc0 += w * _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
-        if M > 1:
-            acc1 += w * _tile(x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, K, BLOCK_K, HIGH)
-        if M > 2:
-            acc2 += w * _tile(x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2, K, BLOCK_K, HIGH)
-        if M > 3:
-            acc3 += w * _tile(x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3, K, BLOCK_K, HIGH)
-        if start + BLOCK_K < K:
-            w = _load_weight(w_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
+    last: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
+    for start in tl.range(0, last, BLOCK_K, loop_unroll_factor=UNROLL):
+        next_w = _load_weight(w_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
+        acc0 = _multiply_add(acc0, w, x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, M, K, BLOCK_K, HIGH)
+        acc1 = _multiply_add(acc1, w, x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, M, K, BLOCK_K, HIGH)
+        acc2 = _multiply_add(acc2, w, x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2, M, K, BLOCK_K, HIGH)
+        acc3 = _multiply_add(acc3, w, x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3, M, K, BLOCK_K, HIGH)
+        w = next_w
+    acc0 = _multiply_add(acc0, w, x0, x_ptr, x_stride, norm, norm_ptr, rstd0, last, 0, M, K, BLOCK_K, HIGH)
+    acc1 = _multiply_add(acc1, w, x1, x_ptr, x_stride, norm, norm_ptr, rstd1, last, 1, M, K, BLOCK_K, HIGH)
+    acc2 = _multiply_add(acc2, w, x2, x_ptr, x_stride, norm, norm_ptr, rstd2, last, 2, M, K, BLOCK_K, HIGH)
+    acc3 = _multiply_add(acc3, w, x3, x_ptr, x_stride, norm, norm_ptr, rstd3, last, 3, M, K, BLOCK_K, HIGH)
     _store_row(acc0, y_ptr, bias, residual0, residual_ptr, 0, n, N, HIGH)
     if M > 1:
         _store_row(acc1, y_ptr, bias, residual1, residual_ptr, 1, n, N, HIGH)
@@ -197,25 +220,27 @@ def gated_rows_kernel(
     rstd3 = _row_rstd(x3, x_ptr, x_stride, norm_ptr, eps, 3, M, K, BLOCK_K)
     gate0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate1, gate2, gate3, up0, up1, up2, up3 = gate0, gate0, gate0, gate0, gate0, gate0, gate0
-    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        x = _tile(x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0, K, BLOCK_K, HIGH)
-        gate0 += g * x
-        up0 += u * x
-        if M > 1:
-            x = _tile(x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1, K, BLOCK_K, HIGH)
-            gate1 += g * x
-            up1 += u * x
-        if M > 2:
-            x = _tile(x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2, K, BLOCK_K, HIGH)
-            gate2 += g * x
-            up2 += u * x
-        if M > 3:
-            x = _tile(x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3, K, BLOCK_K, HIGH)
-            gate3 += g * x
-            up3 += u * x
-        if start + BLOCK_K < K:
-            g = _load_weight(gate_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
-            u = _load_weight(up_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
+    last: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
+    for start in tl.range(0, last, BLOCK_K, loop_unroll_factor=UNROLL):
+        next_g = _load_weight(gate_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
+        next_u = _load_weight(up_ptr, rows, start + BLOCK_K, K, BLOCK_K).to(tl.float32)
+        gate0, up0 = _multiply_add_gated(gate0, up0, g, u, x0, x_ptr, x_stride, norm, norm_ptr, rstd0, start, 0,
+                                           M, K, BLOCK_K, HIGH)  # fmt: skip
+        gate1, up1 = _multiply_add_gated(gate1, up1, g, u, x1, x_ptr, x_stride, norm, norm_ptr, rstd1, start, 1,
+                                           M, K, BLOCK_K, HIGH)  # fmt: skip
+        gate2, up2 = _multiply_add_gated(gate2, up2, g, u, x2, x_ptr, x_stride, norm, norm_ptr, rstd2, start, 2,
+                                           M, K, BLOCK_K, HIGH)  # fmt: skip
+        gate3, up3 = _multiply_add_gated(gate3, up3, g, u, x3, x_ptr, x_stride, norm, norm_ptr, rstd3, start, 3,
+                                           M, K, BLOCK_K, HIGH)  # fmt: skip
+        g, u = next_g, next_u
+    gate0, up0 = _multiply_add_gated(gate0, up0, g, u, x0, x_ptr, x_stride, norm, norm_ptr, rstd0, last, 0,
+                                       M, K, BLOCK_K, HIGH)  # fmt: skip
+    gate1, up1 = _multiply_add_gated(gate1, up1, g, u, x1, x_ptr, x_stride, norm, norm_ptr, rstd1, last, 1,
+                                       M, K, BLOCK_K, HIGH)  # fmt: skip
+    gate2, up2 = _multiply_add_gated(gate2, up2, g, u, x2, x_ptr, x_stride, norm, norm_ptr, rstd2, last, 2,
+                                       M, K, BLOCK_K, HIGH)  # fmt: skip
+    gate3, up3 = _multiply_add_gated(gate3, up3, g, u, x3, x_ptr, x_stride, norm, norm_ptr, rstd3, last, 3,
+                                       M, K, BLOCK_K, HIGH)  # fmt: skip
     _store_gated_row(gate0, up0, gate_bias, up_bias, y_ptr, 0, n, N, ACTIVATION, HIGH)
     if M > 1:
         _store_gated_row(gate1, up1, gate_bias, up_bias, y_ptr, 1, n, N, ACTIVATION, HIGH)

@@ -79,7 +79,7 @@ def _rows(problem: Problem) -> Iterator[Config]:
             continue
         tile = {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
         yield tile
-        steps = cdiv(problem.k, k)
+        steps = cdiv(problem.k, k) - 1  # of the loop: the last tile is peeled off
         if k >= 512 and 2 <= steps <= 16:
             yield {**tile, "UNROLL": steps}
 

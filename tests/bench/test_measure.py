@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fusepass.bench import measure as module
 from fusepass.bench.device import Cpu
@@ -160,12 +159,8 @@ def test_the_flops_of_a_prefill_are_those_of_its_matrix_products(checkpoint: Pat
     linears = {name: m.weight.numel() for name, m in subject.model.named_modules() if isinstance(m, nn.Linear)}
     head = linears.pop("lm_head")
     attention = 2 * 2 * 6 * 16 * 5 * 5 * 2  # two products of all heads and pairs of positions, for each sequence
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        q = torch.randn(1, 1, 4, 16)
-        nn.functional.scaled_dot_product_attention(q, q, q)
-    counted = bool(counter.get_total_flops())  # torch does not count the CPU's flash attention
     with torch.no_grad():
-        want = 2 * 2 * (5 * sum(linears.values()) + head) + attention * counted
+        want = 2 * 2 * (5 * sum(linears.values()) + head) + attention
         assert subject.flops() == pytest.approx(want, rel=1e-3)  # the rotary table has a product too
 
 
