@@ -122,7 +122,7 @@ def test_as_exact_as_eager(shape: Shape, dtype: torch.dtype, mask: Mask) -> None
 def test_many_blocks_a_split(
     ahead: bool, stages: int, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With both loops: 10 visible blocks of one split go through the pipeline, the 4 of each of three do not."""
+    """With both loops: 10 visible blocks of one split go through the pipeline, 4 and less of three do not."""
     monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, stages))
     shape, draws = (2, 6, 2, 2, 150, 16), []
     for _ in range(4):
