@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._triton import has_triton_package
 
 from fusepass import inductor
 from fusepass.graph import mutated, rsqrt_of
@@ -82,6 +83,8 @@ def _fuse(gm: GraphModule, example_inputs: list[Any], options: Options) -> Graph
     on_cpu = not any(isinstance(item, Tensor) and item.device.type == "cuda" for item in example_inputs)
     if on_cpu and cpu_mode() == "off":
         return GraphReport(compile_id, untouched="it runs on a CPU (FUSEPASS_CPU=interpret runs the kernels there)")
+    if not (on_cpu and cpu_mode() == "reference") and not has_triton_package():
+        return GraphReport(compile_id, untouched="Triton, which compiles the kernels, is not installed")
     return rewritten(gm, options, compile_id, keep_code=log.isEnabledFor(logging.DEBUG) or _traced())
 
 

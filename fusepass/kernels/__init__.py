@@ -1,1 +1,5 @@
-"""The Triton kernels, one family a file. Nothing here is imported until an op first launches one."""
+"""Triton kernels and their launchers. Importing a module here needs Triton."""
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel could not be compiled or loaded: with these sizes, on this GPU or in this installation."""

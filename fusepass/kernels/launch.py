@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from fusepass.kernels import KernelUnavailable
+
 
 @functools.cache
 def is_hip() -> bool:
@@ -45,6 +47,19 @@ def direct() -> bool:
     return not interpreted() and not is_hip()
 
 
+@contextlib.contextmanager
+def making(name: str) -> Iterator[None]:
+    """What Triton raises while it compiles or loads a kernel becomes `KernelUnavailable`: its own errors, ptxas's, a
+    pass's RuntimeError, a cache directory's OSError. What the driver reports (no memory, a fault of an earlier kernel)
+    does not: that is no matter of this kernel, and may be over at the next call."""
+    try:
+        yield
+    except Exception as fault:
+        if str(fault).startswith("Triton Error ["):
+            raise
+        raise KernelUnavailable(f"{name}: {fault}") from fault
+
+
 _local = threading.local()
 
 
@@ -69,13 +84,19 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
     A launch of the same kind has the same scalars, dtypes and constants, and pointers that are 16-byte aligned: then
     Triton would find the same compiled kernel, after 20 us or more of binding some thirty arguments. `args` are all the
     parameters that are no constexpr, in order. (What a decode step launches is not even bound again: `kernels.replay`.)
+    Raises `KernelUnavailable`, and has launched nothing, where the kernel can not be made.
     """
     if (noted := getattr(_local, "noted", None)) is not None:
-        compiled = kernel.run(*args, grid=grid, warmup=True, **constants)
+        with making(kernel.__name__):
+            compiled = kernel.run(*args, grid=grid, warmup=True, **constants)
         noted.append((compiled, grid, args, tuple(constants[name] for name in kernel.arg_names[len(args) :])))
         return
-    if not direct() or triton.knobs.runtime.launch_enter_hook.calls:
+    if interpreted():
         kernel[grid](*args, **constants)
+        return
+    if not direct() or triton.knobs.runtime.launch_enter_hook.calls:
+        with making(kernel.__name__):
+            kernel[grid](*args, **constants)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
@@ -93,7 +114,8 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
             key.append(arg)
     found = None if pointers % 16 else _compiled.get(tuple(key))
     if found is None:
-        compiled = kernel[grid](*args, **constants)
+        with making(kernel.__name__):
+            compiled = kernel[grid](*args, **constants)
         if compiled is not None and not pointers % 16:
             if len(_compiled) >= _MOST_COMPILED:  # every prompt length is a kind of its own
                 _compiled.clear()

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusepass.kernels.launch import direct, recording
+from fusepass.kernels.launch import direct, making, recording
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {
@@ -98,7 +98,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
-    """The recipe of `launch(*args)`; None if it computes anything outside our kernels. Launches nothing."""
+    """The recipe of `launch(*args)`; None if it computes anything outside our kernels. Launches nothing. Raises
+    `KernelUnavailable` for a kernel that can not be made."""
     if not direct():
         return None
     stand_ins = [
@@ -132,7 +133,9 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
             pointers.append((place, base, offset + int(tensor.storage_offset()) * tensor.element_size()))
         if any(offset % 16 for _, _, offset in pointers):
             return None
-        run = compiled.run  # loads the kernel
+        with making(compiled.name):
+            compiled._init_handles()  # loads it; `run` would, but raises only once: then it is a function that raises
+        run = compiled.run
         x, y, z = (*grid, 1, 1)[:3]
         launches.append(_Launch(run, (x, y, z), compiled.function, compiled.packed_metadata,
                                 [*values, *constexprs], pointers))  # fmt: skip

@@ -6,6 +6,7 @@ do not recompile. `Library.impl` costs about 6 us a call where `torch.library.cu
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fusepass.kernels import KernelUnavailable
+
+log = logging.getLogger(__name__)
 
 Strategy = Literal["rows", "skinny", "library"]
 
@@ -125,23 +130,41 @@ def _kind(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(kind)
 
 
-def _cuda(check: Callable[..., None], launch: Callable[..., Any]) -> Callable[..., Any]:
+STOOD_IN: dict[str, str] = {}
+"""The ops whose reference ran because a kernel is not available, and why it is not."""
+
+
+def _stand_in(name: str, fault: KernelUnavailable) -> None:
+    if name not in STOOD_IN:
+        STOOD_IN[name] = str(fault)
+        log.warning("fusepass::%s runs in plain torch, which is slower: no kernel %s", name, fault)
+
+
+def _cuda(
+    name: str, check: Callable[..., None], launch: Callable[..., Any], reference: Callable[..., Any]
+) -> Callable[..., Any]:
     recipes: dict[Any, Any] = {}
     _RECORDED.append(recipes)
 
     def here(args: tuple[Any, ...]) -> Any:
         kind = _kind(args)
         recipe = recipes.get(kind, ...)
-        if recipe is ...:
-            from fusepass.kernels.replay import record
+        try:
+            if recipe is ...:
+                from fusepass.kernels.replay import record
 
-            check(*args)
-            if len(recipes) >= _MOST_KINDS:
-                recipes.clear()
-            recipe = recipes[kind] = record(launch, args)
-        if recipe is not None and (result := recipe(args)) is not None:
-            return result
-        return launch(*args)
+                check(*args)
+                if len(recipes) >= _MOST_KINDS:
+                    recipes.clear()
+                recipe = recipes[kind] = record(launch, args)
+            if recipe is not None and (result := recipe(args)) is not None:
+                return result
+            return launch(*args)
+        except KernelUnavailable as fault:
+            # Kernels before it may have run. They wrote what the reference writes again: outputs, and cache slots.
+            _stand_in(name, fault)
+            recipes[kind] = lambda args: reference(*args)
+            return reference(*args)
 
     def run(*args: Any) -> Any:
         # Triton launches on the current device, whichever device its arguments are on.
@@ -193,7 +216,7 @@ def define(
         check(*args)  # sizes may be symbolic here
         return fake(*args)
 
-    on_cuda = _cuda(check, launch)
+    on_cuda = _cuda(name, check, launch, reference)
     LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
     overload = getattr(torch.ops.fusepass, name).default
     torch.library.register_fake(f"fusepass::{name}", fake_checked, lib=LIBRARY)

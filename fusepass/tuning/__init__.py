@@ -7,6 +7,7 @@ own safe default.
 import contextlib
 import functools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 Config = dict[str, int]
 
+log = logging.getLogger(__name__)
 _overrides: dict[str, Config] = {}
 
 
@@ -37,14 +39,41 @@ def user_table() -> Path:
     return Path(platformdirs.user_cache_dir("fusepass")) / "tuning" / f"{slug()}.json"
 
 
+def _usable(name: str, config: object) -> bool:
+    """Whether `config` may be that of the launch `name`: at worst it is slow or does not compile."""
+    if not isinstance(config, dict) or not (parsed := re.fullmatch(r"(skinny )?\w+ m(\d+) n\d+ k\d+ \w+", name)):
+        return False
+    needed = {"BLOCK_N", "BLOCK_K", "num_warps"} | ({"SLICES"} if parsed[1] else set())
+    rows = int(parsed[2])
+    whole = all(type(size) is int and size > 0 for size in config.values())
+    return whole and needed <= config.keys() and config.get("BLOCK_M", rows) == rows  # fewer would leave rows out
+
+
+def read(path: Path) -> dict[str, Config]:
+    """The table at `path`, {} if there is none. Raises OSError, and ValueError if it is no table; both name the file."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as fault:
+        raise ValueError(f"{path} is no table of launch configs: {fault}") from fault
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no table of launch configs: expected an object")
+    for name, config in found.items():
+        if not _usable(name, config):
+            raise ValueError(f"{path} is no table of launch configs: '{name}' is {config}")
+    return found
+
+
 @functools.cache
 def table() -> dict[str, Config]:
-    """The configs for this GPU: the shipped ones, and the user's own before them."""
-    merged: dict[str, Config] = {}
-    for path in (Path(__file__).parent / f"{slug()}.json", user_table()):
-        if path.is_file():
-            merged.update(json.loads(path.read_text()))
-    return merged
+    """The configs for this GPU: the shipped ones, and the user's own before them, if they can be read."""
+    shipped = read(Path(__file__).parent / f"{slug()}.json")
+    try:
+        return {**shipped, **read(user_table())}
+    except (OSError, ValueError) as fault:
+        log.warning("this user's launch configs are ignored: %s", fault)
+        return shipped
 
 
 @contextlib.contextmanager

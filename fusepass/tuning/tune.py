@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from fusepass import tuning
+from fusepass.kernels import KernelUnavailable
 from fusepass.kernels.launch import recording
 from fusepass.tuning import Config
 from fusepass.tuning.problem import Problem, candidates, chain, problems
@@ -30,7 +30,7 @@ from fusepass.tuning.step import Model, Work, decode_step
 
 Configs = Mapping[str, Config]
 Timer = Callable[[Work], float]
-"""Microseconds of one call of the work; may raise OutOfResources."""
+"""Microseconds of one call of the work; may raise KernelUnavailable."""
 
 BEST = 10
 """Candidates of each kernel that are tried in the step."""
@@ -99,7 +99,7 @@ def trial(work: Work, configs: Configs, time: Timer) -> float:
     with tuning.override(configs):
         try:
             return time(work)
-        except OutOfResources:
+        except KernelUnavailable:
             return math.inf
 
 
@@ -148,8 +148,9 @@ def tune(step: Step, time: Timer, device: str = "cuda") -> dict[str, Config]:
 
 
 def add(configs: Configs, path: Path) -> None:
-    """Put configs into the table at `path`, beside what it has for other keys."""
-    table = json.loads(path.read_text()) if path.is_file() else {}
+    """Put configs into the table at `path`, beside what it has for other keys. Raises OSError where it cannot be
+    written, ValueError where there is something else."""
+    table = tuning.read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({**table, **configs}, indent=1, sort_keys=True) + "\n")
@@ -181,12 +182,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     configs = [qwen3_config(name) if name in DIMENSIONS else AutoConfig.from_pretrained(name) for name in args.model]
+    path = args.out or tuning.user_table()
     try:
         steps = plan(map(Model.of, configs), args.rows)
-    except ValueError as fault:
+        add({}, path)  # before anything is measured, it is known that the table can be read and written
+    except (ValueError, OSError) as fault:
         parser.error(str(fault))
     compile_ahead(steps, args.processes)
-    tune_all(steps, args.out or tuning.user_table())
+    tune_all(steps, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ Call = tuple[tuple[int, int, int], list[Any]]
 class Kernel:
     """Stands for a compiled Triton kernel (x, y, scale, BLOCK), and keeps the launches it got."""
 
+    __name__ = "toy"
     arg_names = ("x_ptr", "y_ptr", "scale", "BLOCK")
 
     def __init__(self) -> None:
@@ -29,7 +30,8 @@ class Kernel:
         def launched(x: int, y: int, z: int, *rest: Any) -> None:
             self.calls.append(((x, y, z), list(rest[6:])))
 
-        return SimpleNamespace(run=launched, function=None, packed_metadata=None)
+        loads = {"name": "toy", "_init_handles": lambda: None}
+        return SimpleNamespace(run=launched, function=None, packed_metadata=None, **loads)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import OutOfResources
 
 from fusepass import tuning
+from fusepass.kernels import KernelUnavailable
 from fusepass.tuning import Config
 from fusepass.tuning import tune as tuner
 from fusepass.tuning.problem import candidates, problems
@@ -33,7 +33,7 @@ class FakeGpu:
         self.launched.clear()
         work()
         if any(launch.constants.get("BLOCK_N") == 8 for launch in self.launched):
-            raise OutOfResources(300, 227, "shared memory")
+            raise KernelUnavailable("out of resource: shared memory")
         return sum(map(self.cost, self.launched, self.launched[-1:] + self.launched[:-1]))
 
 
@@ -79,7 +79,7 @@ def test_a_kernel_that_no_candidate_fits_keeps_what_it_has(launched: list[Launch
         launched.clear()
         work()
         if any(launch.constants.get("K") == down.k and "BLOCK_N" in launch.constants for launch in launched):
-            raise OutOfResources(300, 227, "shared memory")
+            raise KernelUnavailable("out of resource: shared memory")
         return 1.0
 
     assert rank(down, gpu, "meta") == []
@@ -185,7 +185,7 @@ def test_the_users_table_gets_what_is_found_and_keeps_the_rest(
     assert first.keys() <= {p.key() for p in problems(MODEL, 1)}
     assert f"wrote {path}" in capsys.readouterr().out
 
-    kept = {"linears m9 n9 k9 bfloat16": {"BLOCK_N": 9}}
+    kept = {"linears m9 n9 k9 bfloat16": {"BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 1}}
     changed = {key: {"BLOCK_N": 1, "BLOCK_K": 256, "num_warps": 4} for key in first}
     path.write_text(json.dumps(kept | changed))
     tune_all(plan([MODEL], [1]), path, gpu, "meta")
@@ -200,12 +200,12 @@ def test_each_step_is_written_and_in_force_before_the_next(tmp_path: Path, monke
     def note(step: tuner.Step, *_: object) -> dict[str, Config]:
         table = json.loads(path.read_text()) if path.is_file() else {}
         seen.append((len(table), tuning.lookup("linears", 1, 1024, 2048, torch.bfloat16)))
-        return {key: {"BLOCK_N": len(seen)} for key in step.kernels}
+        return {key: {"BLOCK_N": len(seen), "BLOCK_K": 64, "SLICES": 1, "num_warps": 1} for key in step.kernels}
 
     monkeypatch.setattr(tuner, "tune", note)
     monkeypatch.setattr(tuning, "table", dict)
     tune_all(plan([MODEL], [1, 2]), path, device="meta")
-    assert seen == [(0, None), (5, {"BLOCK_N": 1})]
+    assert seen == [(0, None), (5, {"BLOCK_N": 1, "BLOCK_K": 64, "SLICES": 1, "num_warps": 1})]
     assert len(json.loads(path.read_text())) == 10
     assert tuning.lookup("linears", 1, 1024, 2048, torch.bfloat16) is None
 
