@@ -5,7 +5,20 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+OF_LOGITS_ALONE = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
+"""Processors that do the same in every step, so that a CUDA graph may hold them."""
+CHUNKS = 64
+"""Parts of the vocabulary that are searched for the likeliest tokens side by side."""
+WARM_UP = 3
+"""Choices before one is recorded: a CUDA graph takes longer to make than they take."""
 
 
 class Choice:
@@ -13,12 +26,18 @@ class Choice:
 
     Top-k and the processors behind it see the likeliest tokens only: some more than k, since top-k keeps all that tie
     with the last. The result tells when even more tie; `widen` then lets every processor see the whole vocabulary.
+
+    On a GPU the some forty kernels of a sampled token are recorded as a CUDA graph, where the processors allow it: one
+    by one they take the host 0.34 ms, as a graph they take an H200 0.1.
     """
 
     def __init__(self, processors: LogitsProcessorList, sample: bool) -> None:
         self.sample = sample
         self.whole, self.few = list(processors), []
         kinds = [type(processor) for processor in processors]
+        self.recordable = sample and set(kinds) <= OF_LOGITS_ALONE
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
         if sample and TopKLogitsWarper in kinds:
             top_k = kinds.index(TopKLogitsWarper)
             # These look at probabilities, which are the same without the tokens that have none.
@@ -28,20 +47,43 @@ class Choice:
 
     def widen(self) -> None:
         self.whole, self.few = self.whole + self.few, []
+        self.graph = None
 
     def __call__(self, logits: Tensor, tokens: Tensor, out: Tensor) -> Tensor | None:
         """Write the tokens, [B] int64, to `out`. `tokens` [N, B] are those before them.
 
         Returns, in sampling, [B] f32 that is nan where `torch.multinomial` would have raised, and infinite where more
-        tokens tie than the processors saw: that row may be wrong.
+        tokens tie than the processors saw: that row may be wrong. The next call may write over it.
         """
+        self.calls += 1
+        if self.recordable and logits.is_cuda and self.calls > WARM_UP:
+            graph = self.graph or self._record(logits, tokens)
+            self.static.copy_(logits)
+            graph.replay()
+            out.copy_(self.chosen)
+            return self.alarm
         if self.sample or self.whole:
             logits = logits.to(torch.float32, copy=True)
+        if self.sample:
+            chosen, alarm = self._sampled(logits, tokens)
+            out.copy_(chosen)
+            return alarm
         for processor in self.whole:
             logits = processor(tokens.t(), logits)
-        if not self.sample:
-            torch.argmax(logits, -1, out=out)
-            return None
+        torch.argmax(logits, -1, out=out)
+        return None
+
+    def _record(self, logits: Tensor, tokens: Tensor) -> torch.cuda.CUDAGraph:
+        self.static = torch.empty_like(logits, dtype=torch.float32)
+        self.graph = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.chosen, self.alarm = self._sampled(self.static, tokens)
+        return graph
+
+    def _sampled(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and alarms, each [B], from logits in f32. Nothing here makes the host wait."""
+        for processor in self.whole:
+            logits = processor(tokens.t(), logits)
         # `torch.multinomial` draws one token just so, but makes the host wait to check the probabilities. A row that is
         # nan anywhere is nan everywhere after softmax.
         noise = torch.empty_like(logits).exponential_()
@@ -49,9 +91,8 @@ class Choice:
             for processor in self.few:
                 logits = processor(tokens.t(), logits)
             probs = torch.softmax(logits, -1)
-            torch.argmax(probs / noise, -1, out=out)
-            return probs[:, 0]
-        likely, indices = logits.topk(room)
+            return torch.argmax(probs / noise, -1), probs[:, 0]
+        likely, indices = likeliest(logits, room)
         tied = likely[:, self.few[0].top_k - 1] - likely[:, -1] == 0  # not so for two -inf
         indices, _ = indices.sort()  # so that top-p drops, of tokens that tie, those that it drops of the whole
         likely = logits.gather(1, indices)
@@ -59,5 +100,15 @@ class Choice:
             likely = processor(tokens.t(), likely)
         probs = torch.softmax(likely, -1)
         place = torch.argmax(probs / noise.gather(1, indices), -1, keepdim=True)
-        torch.gather(indices, 1, place, out=out.unsqueeze(1))
-        return torch.where(tied, math.inf, probs[:, 0])
+        return indices.gather(1, place).squeeze(1), torch.where(tied, math.inf, probs[:, 0])
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(count)` of [B, V], where a long row is searched in parts: one row of 151,936 keeps a GPU busy for
+    50 us with a dozen kernels that each wait for the one before."""
+    rows, vocabulary = logits.shape
+    if vocabulary % CHUNKS or vocabulary < 4 * CHUNKS * count:
+        return logits.topk(count)
+    parts, within = logits.view(rows, CHUNKS, -1).topk(count, sorted=False)
+    likely, place = parts.flatten(1).topk(count)
+    return likely, within.flatten(1).gather(1, place) + place // count * (vocabulary // CHUNKS)

@@ -300,9 +300,8 @@ class Gpu(NamedTuple):
 
 @functools.cache
 def _gpu(device: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(device)
-    shared = 48 << 10 if is_hip() else properties.shared_memory_per_block_optin
-    return Gpu(2 * properties.multi_processor_count, shared)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return Gpu(2 * properties["multiprocessor_count"], 48 << 10 if is_hip() else properties["max_shared_mem"])
 
 
 def _this_gpu() -> Gpu:

@@ -1,5 +1,7 @@
 """Tokens are chosen as `torch.multinomial` does after the same processors."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusepass.decoding.choice import Choice
+from fusepass.decoding.choice import CHUNKS, Choice, likeliest
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROCESSORS: list[list[LogitsProcessor]] = [
@@ -67,3 +69,27 @@ def test_a_choice_of_too_few_among_ties_says_so_and_a_wide_one_is_right() -> Non
     assert torch.equal(got, want)
     assert alarm is not None
     assert torch.isfinite(alarm).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocabulary", [CHUNKS * 64, CHUNKS * 64 + 1, CHUNKS * 4])
+def test_the_likeliest_of_a_long_row_are_those_of_topk(vocabulary: int, device: str) -> None:
+    logits = torch.randperm(5 * vocabulary, device=device).view(5, -1).float()
+    logits[1, 3] = math.nan
+    logits[2] = -math.inf
+    logits[2, -1] = 0
+    values, indices = likeliest(logits, 16)
+    want, _ = logits.topk(16)
+    assert torch.equal(values.nan_to_num(nan=math.pi), want.nan_to_num(nan=math.pi))
+    assert torch.equal(logits.gather(1, indices).nan_to_num(nan=math.pi), want.nan_to_num(nan=math.pi))
+    assert all(len(row.unique()) == 16 for row in indices)
+
+
+@pytest.mark.gpu
+def test_a_recorded_choice_is_the_one_that_was_recorded_only_where_processors_look_at_logits_alone() -> None:
+    processors = [TopKLogitsWarper(20), RepetitionPenaltyLogitsProcessor(3.0)]
+    for some, recorded in ((processors, False), (processors[:1], True)):
+        choice = Choice(LogitsProcessorList(some), sample=True)
+        for _ in range(8):
+            choose(choice, torch.randn(3, 5000, device="cuda"))
+        assert (choice.graph is not None) == recorded
