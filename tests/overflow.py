@@ -2,7 +2,8 @@
 
     python -m tests.overflow eager|fusepass
 
-prints {"error": what was raised or null, "changed": how many numbers in and around the cache, null if unreadable}.
+prints {"error": what was raised or null, "nan": whether all logits are (null after an error), "changed": how many
+numbers in and around the cache (null if unreadable)}.
 """
 
 import contextlib
@@ -43,9 +44,9 @@ def step_past_the_end(backend: str) -> dict[str, Any]:
     tokens = draw_tokens(1, STEPS + 1)
     decode(run, cache, tokens[:, :STEPS])
     before = [memory.clone() for memory in memories]
-    outcome: dict[str, Any] = {"error": None, "changed": None}
+    outcome: dict[str, Any] = {"error": None, "nan": None, "changed": None}
     try:
-        decode(run, cache, tokens[:, STEPS:]).sum().item()  # waits for the device
+        outcome["nan"] = decode(run, cache, tokens[:, STEPS:]).isnan().all().item()  # waits for the device
     except (RuntimeError, IndexError) as error:
         outcome["error"] = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):  # after an assertion on the device nothing can be read, nor written

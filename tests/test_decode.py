@@ -136,11 +136,11 @@ def test_a_step_past_a_full_cache_writes_nothing_in_the_cache_or_around_it(past_
     assert [outcome["changed"] for outcome in past_the_end if outcome["changed"]] == []
 
 
-@pytest.mark.xfail(strict=True, reason="fusepass::self_attention leaves the new token out, and says nothing")
-def test_a_step_past_a_full_cache_is_an_error_as_in_eager(past_the_end: list[dict[str, Any]]) -> None:
-    eager, ours = (outcome["error"] for outcome in past_the_end)
-    assert eager
-    assert ours
+def test_a_step_past_a_full_cache_gives_nothing_that_passes_for_logits(past_the_end: list[dict[str, Any]]) -> None:
+    """Eager raises: on a GPU when the host next waits, and the process can use that GPU no more. fusepass gives NaN."""
+    eager, ours = past_the_end
+    assert eager["error"]
+    assert ours["nan"] is True
 
 
 # --- a thousand steps ---
