@@ -1,7 +1,9 @@
 """Hand the remainder to Inductor, with its modes, options and caches as they are."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,32 @@ def register_lowerings() -> None:
             make_fallback(op.overload, tag_to_layout_constraint(torch.Tag.needs_exact_strides))
 
 
+@contextlib.contextmanager
+def wide_combo_kernels() -> Iterator[None]:
+    """All independent nodes in one combo kernel, for torch 2.11, which combines 8 and has no option for it."""
+    from torch._inductor.scheduler import ForeachKernelSchedulerNode as Combination
+
+    eights = Combination.group_algorithm_for_combo_kernels
+
+    def joined(scheduler: Any) -> list[list[Any]]:
+        """The groups of nodes that depend on none of each other, each whole."""
+        levels = {node: i for i, level in enumerate(scheduler._topological_sort_nodes()) for node in level}
+        groups = itertools.groupby(eights(scheduler), lambda group: (levels[group[0]], group[0].get_device()))
+        return [list(itertools.chain.from_iterable(some)) for _, some in groups]
+
+    Combination.set_group_algorithm_for_combo_kernels(joined)
+    try:
+        yield
+    finally:
+        Combination.set_group_algorithm_for_combo_kernels(eights)
+
+
 def compile_with_inductor(
     gm: GraphModule, example_inputs: list[Any], mode: str | None, options: Mapping[str, Any], fused: bool
 ) -> Callable[..., Any]:
     """What `torch.compile(mode=mode, options=options)` does with a graph; `fused`: it holds our ops."""
     patches = dict(options)
+    wide: Any = contextlib.nullcontext()
     if fused:
         from torch._inductor import config
 
@@ -81,9 +104,14 @@ def compile_with_inductor(
         # One kernel for independent small ones: a static cache bumps a length in every layer. Qwen3-0.6B's decode step
         # on an H200: 379 kernels and 0.977 ms without, 262 and 0.868 ms with.
         patches.setdefault("combo_kernels", True)
+        if hasattr(config, "combo_kernel_max_num_nodes"):
+            patches.setdefault("combo_kernel_max_num_nodes", 256)
+        else:
+            wide = wide_combo_kernels()
         patches[_SLOT] = InductorPass(patches.get(_SLOT, getattr(config, _SLOT)))
     wrapper = torch._TorchCompileInductorWrapper(mode, patches, None)
-    return wrapper(gm, example_inputs)
+    with wide:
+        return wrapper(gm, example_inputs)
 
 
 def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
