@@ -46,6 +46,7 @@ class Case:
     sizes: Sizes = SMALL
     family: str = "qwen3"
     config: dict[str, Any] = field(default_factory=dict)
+    draws: int = DRAWS
 
     def __str__(self) -> str:
         words = [f"{self.batch}x{self.seq}", self.strategy or "default", str(self.dtype).removeprefix("torch.")]
@@ -55,7 +56,7 @@ class Case:
     @property
     def launches(self) -> int:
         """Every row of activations is a draw; weights are drawn for each launch. (The interpreter is slow.)"""
-        return max(8 if DEVICE == "cuda" else 2, DRAWS // (self.batch * self.seq))
+        return max(8 if DEVICE == "cuda" else 2, self.draws // (self.batch * self.seq))
 
 
 def rms_error(got: Tensor, want: Tensor) -> float:
