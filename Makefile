@@ -10,11 +10,12 @@ CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_avai
 demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
 	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
 
+# One process a core, and one thread a process: the interpreter is Python.
 test: $(VENV)/.installed  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu and not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed  ## those that take minutes in Triton's interpreter
-	$(BIN)/python -m pytest -m "not gpu and slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu and slow" $(ARGS)
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

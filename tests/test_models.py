@@ -29,13 +29,14 @@ def test_logits_of_a_whole_model_pass_the_gate(precision: str) -> None:
 
 
 @torch.no_grad()
-def test_a_trained_checkpoint_gives_eagers_tokens_over_64_steps() -> None:
+@pytest.mark.parametrize("steps", [12, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_a_trained_checkpoint_gives_eagers_tokens(steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(CHECKPOINT)("Once upon a time", return_tensors="pt")["input_ids"]
     fast = torch.compile(model, backend="fusepass", options={"remainder": "eager"})
-    caches = [static_cache(model, 1, tokens.shape[1] + STEPS) for _ in range(2)]
+    caches = [static_cache(model, 1, tokens.shape[1] + steps) for _ in range(2)]
     step, generated, worst = tokens, [], 0.0
-    for _ in range(STEPS):
+    for _ in range(steps):
         ours, plain = (
             run(step, past_key_values=cache, use_cache=True).logits[:, -1] for run, cache in zip((fast, model), caches)
         )
@@ -45,7 +46,7 @@ def test_a_trained_checkpoint_gives_eagers_tokens_over_64_steps() -> None:
         generated.append(step)
     assert worst < 1e-4
     assert len(fusepass.reports()) == 2  # prefill and one decode step: no recompilation on the way
-    assert len(set(torch.cat(generated, 1)[0].tolist())) > 10  # a text, not one token repeated
+    assert len(set(torch.cat(generated, 1)[0].tolist())) > steps // 6  # a text, not one token repeated
 
 
 def decode_logits(
