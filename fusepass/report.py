@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -157,6 +159,16 @@ class Report:
                 site["fused"] = site["code"] is None
         return json.dumps(content, indent=2)
 
+    def to_html(self, path: str | PathLike[str], title: str = "fusepass") -> None:
+        """Write a page to look at: one file, without network. What it shows beside what `str` does: the code before
+        and after, as far as the graphs keep it, with the sites linked, and the reference of each op.
+
+        `title`: a name for the model. Raises ImportError where jinja2 is missing (`pip install fusepass[html]`).
+        """
+        from fusepass.html import page
+
+        Path(path).write_text(page(self, title), encoding="utf-8")
+
     def __str__(self) -> str:
         from fusepass.table import render
 
@@ -183,22 +195,36 @@ def reset() -> None:
 
 
 def collapse(sites: Sequence[Site]) -> list[tuple[str, Site, int]]:
-    """Sites that differ only in numbers (of the path, of nodes in the reason), as (path with ranges, one of them, how
-    many): `model.layers.{0-27}.self_attn`. In order of first appearance."""
-    groups: dict[tuple[str, ...], list[Site]] = {}
-    for site in sites:
-        alike = (site.path, site.fusion, site.op or "", site.code or "", site.reason or "")
-        groups.setdefault(tuple(re.sub(r"\d+", "#", text) for text in alike), []).append(site)
-    rows = []
-    for same in groups.values():
-        columns = list(zip(*(re.findall(r"\d+", site.path) for site in same)))
-        ranges = iter([_range(sorted({int(number) for number in column})) for column in columns])
-        rows.append((re.sub(r"\d+", lambda _: next(ranges), same[0].path), same[0], len(same)))  # noqa: B023
-    return rows
+    """Sites that differ only in numbers, as (path with ranges, one of them, how many): `model.layers.{0-27}.self_attn`.
+    In order of first appearance."""
+    groups = [[sites[i] for i in same] for same in alike(sites)]
+    return [(ranged([site.path for site in same]), same[0], len(same)) for same in groups]
+
+
+def alike(sites: Sequence[Site]) -> list[list[int]]:
+    """The places in `sites` of those that differ only in numbers (of the path, of nodes in the reason)."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, site in enumerate(sites):
+        key = (site.path, site.fusion, site.op or "", site.code or "", site.reason or "")
+        groups.setdefault(tuple(re.sub(r"\d+", "#", text) for text in key), []).append(i)
+    return list(groups.values())
+
+
+def ranged(paths: Sequence[str]) -> str:
+    """Paths that differ only in numbers, as one with ranges."""
+    columns = zip(*(re.findall(r"\d+", path) for path in paths))
+    ranges = iter([_range(sorted({int(number) for number in column})) for column in columns])
+    return re.sub(r"\d+", lambda _: next(ranges), paths[0])
 
 
 def _range(numbers: list[int]) -> str:
+    """[0] as "0", [0, 1, 2, 4] as "{0-2,4}"."""
     if len(numbers) == 1:
         return str(numbers[0])
-    dense = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}-{numbers[-1]}}}" if dense else f"{{{','.join(map(str, numbers))}}}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"

@@ -128,7 +128,7 @@ def _fuse_graph(graph: Graph, options: Options, around: validity.Surroundings, i
 def _site(fusion: Fusion[Any], match: Match) -> Site:
     inputs = tuple(
         Input(
-            node.name,
+            node.meta.get("stands_for", node.name),
             tuple(size if isinstance(size, int) else str(size) for size in value(node).shape),
             str(value(node).dtype).removeprefix("torch."),
             node in match.parameters,

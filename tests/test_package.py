@@ -57,6 +57,7 @@ def test_a_wheel_holds_the_patterns_as_a_subpackage(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     assert "fusepass/patterns/norm_qkv_rope.py" in names
     assert "fusepass/py.typed" in names
+    assert {f"fusepass/html/{name}" for name in ("page.html.jinja", "script.js", "style.css")} <= set(names)
     assert not any(name.startswith(("tests/", "patterns/", "benchmarks/", "examples/")) for name in names)
     code = "import fusepass; print(fusepass.__file__, len(fusepass.fusions()))"
     home, count = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()

@@ -21,12 +21,13 @@ def explain(
     decode: Annotated[bool, typer.Option("--decode", help="A decode step with a static cache, not a prompt.")] = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="As torch.compile(dynamic=True).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/report-schema.md).")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to look at, too.", show_default=False)] = None,
 ) -> None:
     """Say what fusepass would fuse in a model and what not, and why not.
 
     Only the configuration is read: no weights, no GPU, and the model is not run.
     """
-    require("transformers", extra="cli")
+    require("transformers", *(["jinja2"] if html else []), extra="cli")
     import torch
 
     import fusepass
@@ -35,6 +36,12 @@ def explain(
     ids = torch.zeros(batch, 1 if decode else seq, dtype=torch.int64, device="meta")
     with torch.no_grad():
         report = fusepass.explain(built, ids, dynamic=dynamic, **kwargs)
+    if html:
+        kind = f"a decode step, cache of {seq}" if decode else f"a prompt of {seq}"
+        try:
+            report.to_html(html, title=f"{Path(model).name if Path(model).exists() else model}: {kind}")
+        except OSError as fault:
+            fail(f"cannot write {html}: {fault.strerror}")
     fused = sum(site.fused for site in report.sites)
     print(report.to_json() if as_json else report)
     if not fused and not as_json:
