@@ -134,7 +134,7 @@ def _complain(report: GraphReport, norms: int, strict: bool) -> None:
         raise NothingFused(message)
     if report.untouched and "CPU" in report.untouched:
         return  # the INFO line says so already, and it is what the user asked for
-    log.warning("%s", message)
+    log.warning("%s (what to do: docs/nothing-fused.md)", message)
 
 
 def _warn_about_caches(gm: GraphModule) -> None:

@@ -17,3 +17,13 @@ def test_the_demo_fuses_the_checkpoint_and_its_tokens_agree() -> None:
         assert f"{fusion}" in done.stdout
     assert "model.layers.{0-3}.self_attn " in done.stdout
     assert "All 12 tokens agree with the plain model's." in done.stdout
+
+
+def test_a_models_graphs_are_inspected_and_written_as_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = [sys.executable, str(EXAMPLES / "inspect_graphs.py"), "--html", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "17 fused, 0 refused" in done.stdout
+    assert "  norm_qkv_rope     47 nodes at model.layers.0.self_attn, 9 tensors read\n" in done.stdout
+    assert "tiny-qwen3: a decode step" in page.read_text()
