@@ -139,6 +139,10 @@ def _miss(linear: Linear) -> Refused | None:
     reader = next(iter(linear.out.users), linear.out)
     if not is_op(reader, "view"):
         return Refused("structure", f"expected '{linear.out.name}' viewed as heads, got {described(reader)}", reader)
+    parts = [user for user in reader.users if is_op(user, "chunk") or is_op(user, "split")]
+    if parts:
+        reason = f"gated query: {described(parts[0])} takes each head of '{linear.out.name}' apart"
+        return Refused("structure", reason, parts[0])
     size = value(reader).shape[-1]
     for node in _descendants(linear.out, 40):
         rope = find_rope(node)
@@ -214,9 +218,14 @@ class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
             reason = f"'{first.x.name}' has another user: {described(extra[0].out)}"
             return Refused("extra-user", reason, extra[0].out)
         straight = [linear for linear in heads if _rotated(linear) is None]
-        misses = [miss for linear in straight if (miss := _miss(linear))]
+        misses: dict[str, Refused] = {}  # one a code: q and k mostly miss in the same way
+        for linear in straight:
+            if (miss := _miss(linear)) is not None:
+                misses.setdefault(miss.code, miss)
         if misses:
-            return misses[0]
+            first_miss = next(iter(misses.values()))
+            reasons = "; ".join(miss.reason for miss in misses.values())
+            return Refused(first_miss.code, reasons, first_miss.node)
         found = (
             f"expected two rotated branches and one that is not, got {len(heads) - len(straight)} and {len(straight)}"
         )

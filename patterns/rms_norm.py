@@ -74,9 +74,20 @@ def _miss(rstd: Node) -> Refused | None:
     while len(user.users) == 1 and is_cast(next(iter(user.users))):
         user = next(iter(user.users))
     reader = next(iter(user.users), user)
-    if any(find_rms_norm(found) for found in user.users):
-        return None
+    norms = [norm for found in user.users if (norm := find_rms_norm(found))]
+    if norms:
+        return _other_rounding(norms[0])
     return Refused("structure", f"expected '{user.name}' times the norm's weight, got {described(reader)}", reader)
+
+
+def _other_rounding(norm: RMSNorm) -> Refused | None:
+    """Why the op does not round as `norm` does: a zero-centred norm multiplies by 1 + weight before it rounds."""
+    multiplied, x = value(norm.scaled).dtype, value(norm.x).dtype
+    if multiplied == x:
+        return None
+    return Refused(
+        "dtype", f"the weight multiplies {multiplied}, not the input's {x}: expected the cast first", norm.out
+    )
 
 
 def check_rms_norm(norm: RMSNorm) -> None:
@@ -86,10 +97,8 @@ def check_rms_norm(norm: RMSNorm) -> None:
         raise Refused("shape", f"norm weight '{norm.weight.name}' is {tuple(weight.shape)} for a row of {x.shape[-1]}")
     if value(norm.wide).dtype != torch.float32:
         raise Refused("dtype", f"the norm's statistics are {value(norm.wide).dtype}; expected float32", norm.wide)
-    if value(norm.scaled).dtype != x.dtype:
-        raise Refused(
-            "dtype", f"the weight multiplies {value(norm.scaled).dtype}, not the input's {x.dtype}", norm.scaled
-        )
+    if (other := _other_rounding(norm)) is not None:
+        raise other
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class RMSNormFusion(Fusion[RMSNormMatch]):
 
     def match(self, node: Node) -> RMSNormMatch | None:
         norm = find_rms_norm(node)
-        if norm is None:
+        if norm is None or _other_rounding(norm) is not None:
             return None
         return RMSNormMatch(
             anchor=node,

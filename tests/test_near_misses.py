@@ -194,23 +194,48 @@ def test_another_rotary_embedding_is_named(rope: Any, reason: str, head_norm: st
     assert str(site.reason).startswith(reason)
 
 
-class ZeroCentred(nn.Module):
-    """Gemma's and Qwen3-Next's norm."""
+def test_a_gated_query_is_named_beside_the_partial_rotary_of_the_keys() -> None:
+    class Gated(Attention):
+        """Qwen3-Next's: q_proj makes a query and a gate of each head."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(20))
+        def heads(self, name: str, h: Tensor) -> Tensor:
+            if name != "q":
+                return super().heads(name, h)
+            query, gate = self.linears["q"](h).view(*h.shape[:-1], -1, 2 * HEAD_DIM).chunk(2, dim=-1)
+            return (query * gate.sigmoid()).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return (h * (1.0 + self.weight.float())).type_as(x)
+    site = the_only(explained(Gated(rope=partial), hidden(), *tables()))
+    assert (site.fusion, site.code) == ("norm_qkv_rope", "structure")
+    assert site.reason == (
+        "gated query: 'chunk' (chunk) in the top level takes each head of 'linear' apart; "
+        f"partial rotary: {HEAD_DIM // 2} of {HEAD_DIM}"
+    )
 
 
-def test_a_zero_centred_norm_names_the_dtype_of_its_shifted_weight() -> None:
-    site = the_only(explained(ZeroCentred(), hidden(torch.bfloat16)))
+def unrounded(h: Tensor, x: Tensor) -> Tensor:
+    return h
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "multiplied"),
+    [
+        # Gemma's and Qwen3-Next's
+        (Norm(narrow=unrounded, weigh=lambda w, h: (h * (1.0 + w.float())).to(BF16)).to(BF16), BF16, F32),
+        (Norm(narrow=unrounded).to(BF16), BF16, F32),
+        (Norm(narrow=lambda h, x: h.half()), F32, torch.float16),
+    ],
+    ids=["zero-centred", "result in f32", "rounded in between"],
+)
+def test_a_norm_whose_weight_multiplies_in_another_dtype_than_the_input_names_both(
+    norm: Norm, dtype: torch.dtype, multiplied: torch.dtype
+) -> None:
+    site = the_only(explained(norm, hidden(dtype)))
     assert (site.fusion, site.code) == ("rms_norm", "dtype")
-    assert site.reason == "'add_1' is torch.float32, the activation torch.bfloat16"
+    assert site.reason == f"the weight multiplies {multiplied}, not the input's {dtype}: expected the cast first"
+    assert "weigh" in site.source
 
 
 @torch.library.custom_op("fusepass_test::rms_norm", mutates_args=())
