@@ -50,7 +50,7 @@ def _usable(name: str, config: object) -> bool:
 
 
 def read(path: Path) -> dict[str, Config]:
-    """The table at `path`, {} if there is none. Raises OSError, and ValueError if it is no table; both name the file."""
+    """The table at `path`, {} if there is none. Raises OSError, or ValueError if it is no table; both name the file."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
