@@ -78,10 +78,14 @@ def _rows(problem: Problem) -> Iterator[Config]:
         if k > next_power_of_2(problem.k) or not 16 <= held <= 128:
             continue
         tile = {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
-        yield tile
         steps = cdiv(problem.k, k) - 1  # of the loop: the last tile is peeled off
-        if k >= 512 and 2 <= steps <= 16:
-            yield {**tile, "UNROLL": steps}
+        if not steps:
+            yield tile
+            continue
+        for first in (1, 0):
+            yield {**tile, "NEXT_FIRST": first}
+            if k >= 512 and 2 <= steps <= 16:
+                yield {**tile, "NEXT_FIRST": first, "UNROLL": steps}
 
 
 def _skinny(problem: Problem) -> Iterator[Config]:
