@@ -23,18 +23,18 @@ from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
 from fusepass.graph import argument, is_op, mutated, storages, value
 
-_KEYWORDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
+_KEYWORDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+_DEFAULTS = (None, None, None, None, 0.0, False, None)
 
 
 def _adds_dimension(node: Any) -> Node | None:
     """x, if `node` is x [B, H, T, D] seen as [B, H, 1, T, D]."""
-    if isinstance(node, Node) and node.target in ("unsqueeze", torch.unsqueeze):
+    if node.target in ("unsqueeze", torch.unsqueeze):
         return argument(node, 0, "input") if argument(node, 1, "dim") in (2, -3) else None
     if is_op(node, "getitem") and isinstance(node.args[1], tuple):
         index = list(node.args[1])
         if index[:3] == [slice(None), slice(None), None] and all(part == slice(None) for part in index[3:]):
-            return node.args[0] if len(index) <= 5 else None
+            return node.args[0]
     return None
 
 
@@ -43,19 +43,17 @@ def find_repeat(node: Node) -> tuple[Node, tuple[Node, ...]]:
     if not is_op(node, "view"):
         return node, ()
     expanded = argument(node, 0, "input")
-    if not isinstance(expanded, Node) or expanded.op != "call_method" or expanded.target != "expand":
+    if expanded.target != "expand":
         return node, ()
     x = _adds_dimension(expanded.args[0])
-    if x is None or not isinstance(value(x), Tensor) or value(x).dim() != 4:
+    if x is None or value(x).dim() != 4:
         return node, ()
     batch, heads, length, size = value(x).shape
-    # A view keeps the order of elements: the shapes say that the copies of a head become its neighbours.
-    wide, merged = value(expanded).shape, value(node).shape
-    if len(wide) != 5 or wide[:2] != (batch, heads) or wide[3:] != (length, size):
+    # A view keeps the order of elements: the shapes say that the copies of a head become its neighbours, and the
+    # number of elements that nothing else was expanded.
+    if value(node).shape != (batch, heads * value(expanded).shape[2], length, size):
         return node, ()
-    if merged != (batch, heads * wide[2], length, size):
-        return node, ()
-    return x, (expanded.args[0], expanded, node)  # type: ignore[return-value]
+    return x, (expanded.args[0], expanded, node)
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,10 @@ class AttentionFusion(Fusion[AttentionMatch]):
         if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
             return None
         found = (argument(node, i, name, default=_DEFAULTS[i]) for i, name in enumerate(_KEYWORDS))
-        q, key, val, mask, dropout, causal, scale, gqa = found
+        q, key, val, mask, dropout, causal, scale = found
         if not all(isinstance(value(x), Tensor) and value(x).dim() == 4 for x in (q, key, val)):
             return None
-        if dropout != 0 or causal is not False or not isinstance(gqa, bool):
+        if dropout != 0 or causal is not False:
             return None
         (k, k_nodes), (v, v_nodes) = find_repeat(key), find_repeat(val)
         # Under dynamic=True a cache has as many heads as some symbol says, which Dynamo has long specialised.
@@ -104,9 +102,11 @@ class AttentionFusion(Fusion[AttentionMatch]):
         )
 
     def near_miss(self, node: Node) -> Refused | None:
-        q = argument(node, 0, "query")
+        if node.target is not F.scaled_dot_product_attention:
+            return None
+        q = value(argument(node, 0, "query"))
         # A prompt is no site by design, however it is masked.
-        if node.target is not F.scaled_dot_product_attention or value(q).dim() != 4 or value(q).shape[2] != 1:
+        if not isinstance(q, Tensor) or q.dim() != 4 or q.shape[2] != 1:
             return None
         dropout, causal = argument(node, 4, "dropout_p", default=0.0), argument(node, 5, "is_causal", default=False)
         if dropout != 0:
@@ -117,7 +117,7 @@ class AttentionFusion(Fusion[AttentionMatch]):
 
     def check(self, match: AttentionMatch) -> None:
         q, k, v = (value(x).shape for x in (match.q, match.k, match.v))
-        if k != v or k[0] != q[0] or k[3] != q[3]:
+        if k != v or k[0] != q[0]:
             raise Refused("shape", f"q is {tuple(q)}, k {tuple(k)}, v {tuple(v)}; expected one batch, one head size")
         if match.mask is not None:
             self._check_mask(match, match.mask)

@@ -84,7 +84,7 @@ def find_heads(node: Node) -> Heads | None:
     if not is_op(before, "view"):
         return None
     linear = find_linear(argument(before, 0, "input"))
-    if linear is None or value(before).dim() != 4 or value(linear.out).dim() != 3:
+    if linear is None or value(before).dim() != 4:
         return None
     # A view keeps the order of elements: [B, S, N] to [B, S, H, D] is determined by the shapes alone.
     if value(before).shape[:2] != value(linear.out).shape[:2]:
@@ -119,7 +119,7 @@ def _plain(linear: Linear) -> Heads | None:
     for view in linear.out.users:
         for node in view.users:
             heads = find_heads(node)
-            if heads and heads.norm is None and heads.linear.out is linear.out:
+            if heads and heads.norm is None:
                 return heads
     return None
 

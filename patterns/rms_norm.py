@@ -49,7 +49,7 @@ def find_rms_norm(out: Any) -> RMSNorm | None:
                 x: Any = wide.args[0] if is_cast(wide) else wide
                 nodes = dict.fromkeys((wide, square, mean, total, rstd, normalised, scaled, out))
                 nodes.pop(x, None)
-                if isinstance(weight, Node) and not isinstance(eps, Tensor):
+                if isinstance(weight, Node):
                     return RMSNorm(x, weight, eps, wide, scaled, out, tuple(nodes))
     return None
 

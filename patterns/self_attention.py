@@ -25,7 +25,7 @@ _PARAMETERS = (1, 3, 4, 5, 6, 7, 8, 9, 11)
 
 def _result_of(node: Any, index: int) -> Node | None:
     """The `norm_qkv_rope` whose result `index` is `node`."""
-    if not isinstance(node, Node) or node.target is not operator.getitem or node.args[1] != index:
+    if node.target is not operator.getitem or node.args[1] != index:
         return None
     call = node.args[0]
     assert isinstance(call, Node)
@@ -34,10 +34,8 @@ def _result_of(node: Any, index: int) -> Node | None:
 
 def _write(cache: Any, projection: Node, index: int, before: Node) -> Node | None:
     """The `cache.index_copy_(2, position, <result index of projection>)` that `before` reads."""
-    if isinstance(cache, Node) and cache.target == "index_copy_":
+    if cache.target == "index_copy_":
         cache = cache.args[0]
-    if not isinstance(cache, Node):
-        return None
     for node in cache.users:
         writes = node.op == "call_method" and node.target == "index_copy_" and node.args[0] is cache and node < before
         dim, source = argument(node, 1, "dim"), argument(node, 3, "source")
@@ -77,14 +75,13 @@ class SelfAttentionJoin(Fusion[SelfAttentionMatch]):
         k_cache, v_cache = k_write.args[0], v_write.args[0]
         assert isinstance(k_cache, Node)
         assert isinstance(v_cache, Node)
-        results = [user for user in projection.users if user.target is operator.getitem]
         arguments = projection.args
         return SelfAttentionMatch(
             anchor=node,
             activation=arguments[0],  # type: ignore[arg-type]
             parameters=tuple(arguments[i] for i in _PARAMETERS if isinstance(arguments[i], Node)),  # type: ignore[misc]
             others=(arguments[13], arguments[14], k_cache, v_cache),  # type: ignore[arg-type]
-            interior=(projection, *results, k_write, v_write, node),
+            interior=(projection, *projection.users, k_write, v_write, node),
             outputs=(node,),
             writes=(k_cache, v_cache),
             joined=(projection, node),

@@ -408,11 +408,15 @@ SWISH = """
 
 
 @pytest.fixture
-def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Add the toy fusion, with the op that it names, as a file in `patterns/`."""
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Add the toy fusion, with the op that it names and other changes, as a file in `patterns/`."""
 
-    def add(op: str) -> None:
-        (tmp_path / "swish.py").write_text(textwrap.dedent(SWISH).replace("OP", op))
+    def add(op: str, changes: dict[str, str] | None = None) -> None:
+        text = textwrap.dedent(SWISH)
+        for old, new in {**(changes or {}), "OP": op}.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "swish.py").write_text(text)
         monkeypatch.setattr(patterns, "__path__", [*patterns.__path__, str(tmp_path)])
         fusepass.fusions.cache_clear()
 
@@ -423,7 +427,7 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     fusepass.fusions.cache_clear()
 
 
-def test_one_file_with_match_check_and_rewrite_is_a_fusion(register: Callable[[str], None]) -> None:
+def test_one_file_with_match_check_and_rewrite_is_a_fusion(register: Callable[..., None]) -> None:
     register("torch.ops.aten.silu.default")
 
     def net(x: Tensor) -> Tensor:
@@ -444,12 +448,44 @@ def test_one_file_with_match_check_and_rewrite_is_a_fusion(register: Callable[[s
         ("torch.ops.aten.mT.default", "shape", r"\(3, 5, 20\)"),
     ],
 )
-def test_an_op_with_another_result_is_refused(op: str, code: str, words: str, register: Callable[[str], None]) -> None:
+def test_an_op_with_another_result_is_refused(op: str, code: str, words: str, register: Callable[..., None]) -> None:
     register(op)
     refusal(run(lambda x: x.sigmoid() * x, hidden())[0], "swish", code, words)
 
 
-def test_an_op_with_other_strides_is_refused_but_not_where_they_mean_nothing(register: Callable[[str], None]) -> None:
+def test_an_op_with_other_strides_is_refused_but_not_where_they_mean_nothing(register: Callable[..., None]) -> None:
     register("torch.ops.aten.contiguous.default")
     x = hidden().transpose(0, 1)
     refusal(run(lambda x: x.sigmoid() * x, x)[0], "swish", "strides", r"strides \(20, 100, 1\)")
+
+
+def test_a_region_that_writes_its_own_input_is_refused(register: Callable[..., None]) -> None:
+    """The op would not."""
+    in_place = {
+        'for x, gate in operands(node, "mul"):': 'for x, gate in [node.args[:2]] if node.target == "mul_" else []:'
+    }
+    register("torch.ops.aten.silu.default", in_place)
+    report, _ = run(lambda x: x.mul_(x.sigmoid()), hidden())
+    refusal(report, "swish", "mutation", "'mul_' writes in place what the region reads")
+
+
+def test_an_op_may_take_a_number_first(register: Callable[..., None]) -> None:
+    register(
+        "torch.ops.aten.pow.Scalar",
+        {
+            "(match.activation,)": "(2, match.activation)",
+            'for x, gate in operands(node, "mul"):': "for x, gate in [(node.args[0], node)] if node.args else []:",
+            '"target", None) == "sigmoid"': '"target", None) == "exp2"',
+            "(gate, node), (node,)": "(node,), (node,)",
+        },
+    )
+    report, gm = run(lambda x: x.exp2(), hidden())
+    assert all_fused(report) == {"swish": 1}
+    assert "aten.pow" in gm.code
+
+
+def test_a_module_of_the_graph_that_is_no_graph_stays() -> None:
+    (gm,) = capture(Norm(), hidden())
+    gm.extra = nn.Linear(HIDDEN, HIDDEN)
+    assert all_fused(fuse(gm, Options())) == {"rms_norm": 1}
+    assert isinstance(gm.extra, nn.Linear)

@@ -114,6 +114,21 @@ def test_a_tensor_that_is_not_a_plain_one_is_refused(which: str) -> None:
     refusal(report, "linear_residual", "tensor-subclass", "is a Wrapped, not a plain tensor")
 
 
+def test_a_value_inside_that_is_not_a_plain_tensor_is_refused() -> None:
+    """As a fusion of one's own may make from what it does not name as an input."""
+    (gm,) = capture(MLP(), hidden())
+    (act,) = gm.graph.find_nodes(op="call_function", target=F.silu)
+    act.meta["example_value"] = None
+    refusal(fuse(gm, Options()), "norm_gated_mlp", "tensor-subclass", "'silu' is a NoneType, not a plain tensor")
+
+
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_a_linear_layer_of_which_nothing_is_known_is_no_site(which: str) -> None:
+    (gm,) = capture(linear, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
+    del next(node for node in gm.graph.find_nodes(op="placeholder") if which in node.name).meta["example_value"]
+    assert fuse(gm, Options()).sites == []
+
+
 # --- dtype and device ---
 
 

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models import fused, small_qwen3, static_cache
+from fusepass.options import Options
+from fusepass.rewrite import fuse
+from tests.models import capture, fused, small_qwen3, static_cache
 from tests.patterns.toys import all_fused, refusal, run
+from tests.test_validity import Wrapped
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 6, 3, 11, 8
 
@@ -119,6 +122,61 @@ def test_heads_repeated_in_another_order_stay() -> None:
     assert sum(node.target == "expand" for node in graph.graph.nodes) == 2
 
 
+def tiled_by_unsqueeze(x: Tensor) -> Tensor:
+    return x.unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def tiled_by_index(x: Tensor) -> Tensor:
+    return x[:, None].expand(-1, 2, -1, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def other_positions(x: Tensor) -> Tensor:
+    positions = torch.arange(x.shape[2]).flip(0)
+    return x[:, :, None, positions].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def scaled_copies(x: Tensor) -> Tensor:
+    return (x[:, :, None] * torch.arange(1.0, 3.0)[:, None, None]).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def one_position(x: Tensor) -> Tensor:
+    return x[:, :, 0].repeat_interleave(2, 1).unsqueeze(2).expand(-1, -1, 7, -1).reshape(2, -1, 7, HEAD_DIM)
+
+
+def longer(x: Tensor) -> Tensor:
+    x = x.repeat_interleave(2, 1)
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(*x.shape[:2], -1, x.shape[3])
+
+
+@pytest.mark.parametrize(
+    "repeat", [tiled_by_unsqueeze, tiled_by_index, other_positions, scaled_copies, one_position, longer]
+)
+def test_what_only_looks_like_repeated_heads_stays(repeat: Callable[[Tensor], Tensor]) -> None:
+    """As many K/V heads as copies of each: the shapes do not tell."""
+    q, k, v = torch.randn(2, 4, 1, HEAD_DIM), *torch.randn(2, 2, 2, 7, HEAD_DIM)
+    report, graph = run(lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v)), q, k, v)
+    assert all_fused(report) == {"attention": 1}
+    assert sum(node.target == "reshape" for node in graph.graph.nodes) == 2
+
+
+def test_one_query_head_for_many_key_heads_is_no_site() -> None:
+    q, k, v = tensors()
+    assert run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q[:, :1], k, v)[0].sites == []
+
+
+def test_keys_of_one_batch_for_all_queries_are_refused() -> None:
+    q, k, v = tensors(kv_heads=HEADS)
+    report, _ = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k[:1], v[:1])
+    refusal(report, "attention", "shape", "expected one batch")
+
+
+def test_a_query_of_which_nothing_is_known_is_no_site() -> None:
+    (gm,) = capture(sdpa, *tensors())
+    for node in gm.graph.find_nodes(op="placeholder"):
+        del node.meta["example_value"]
+    assert fuse(gm, Options()).sites == []
+
+
 def test_repeated_keys_used_elsewhere() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         repeated = getitem(k)
@@ -152,6 +210,29 @@ def test_mask_of_two_dimensions() -> None:
     q, k, v = tensors()
     report, _ = run(lambda q, k, v, mask: sdpa(q, k, v, attn_mask=mask), q, k, v, visible(1, LENGTH))
     refusal(report, "attention", "shape", "expected")
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return sdpa(q, k, v, attn_mask=mask)
+
+
+def test_a_mask_that_is_no_plain_tensor() -> None:
+    report, _ = run(masked, *tensors(), Wrapped(torch.randn(BATCH, 1, 1, LENGTH)))
+    refusal(report, "attention", "tensor-subclass", "is a Wrapped, not a plain tensor")
+
+
+def test_a_mask_of_another_dtype() -> None:
+    report, _ = run(masked, *tensors(dtype=torch.bfloat16), torch.randn(BATCH, 1, 1, LENGTH))
+    refusal(report, "attention", "dtype", "float32; expected torch.bool or torch.bfloat16")
+
+
+def test_a_mask_on_another_device() -> None:
+    (gm,) = capture(masked, *tensors(), visible())
+    node = next(node for node in gm.graph.nodes if "mask" in node.name)
+    fake = node.meta["example_value"]
+    with fake.fake_mode:
+        node.meta["example_value"] = torch.empty(fake.shape, dtype=torch.bool, device="cuda")
+    refusal(fuse(gm, Options()), "attention", "device", "mask.*on cuda:0, the activation on cpu")
 
 
 def test_needs_grad() -> None:

@@ -144,6 +144,11 @@ def test_some_features_of_a_single_row_leave_the_norm_alone() -> None:
     assert all_fused(run(head, torch.randn(HIDDEN))[0]) == {"rms_norm": 1}
 
 
+def test_one_of_several_parts_leaves_the_norm_alone() -> None:
+    report, _ = run(Head(lambda h: h.split([2, SEQ - 2], 1)[0]), hidden())
+    assert all_fused(report) == {"rms_norm": 1}
+
+
 def test_rows_by_a_tensor_of_indices_leave_the_norm_alone() -> None:
     """`logits_to_keep` may be one."""
     report, _ = run(Head(lambda h, rows: h[:, rows, :]), hidden(), torch.tensor([1, 3]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusepass.patterns.norm_qkv_rope import find_rope
 from tests.models import fused
 from tests.patterns.toys import (
     BATCH,
@@ -26,6 +27,7 @@ from tests.patterns.toys import (
     run,
     tables,
 )
+from tests.test_graph import result
 
 ALL = {"norm_qkv_rope": 1}
 HALF = HEAD_DIM // 2
@@ -211,6 +213,34 @@ def test_what_is_not_a_half_split_rope_over_the_whole_head_is_no_site(name: str)
     assert all_fused(report) == {"rms_norm": 3}
 
 
+NO_ROPE: dict[str, tuple[Spelling, tuple[int, ...], tuple[int, ...]]] = {
+    "cat over the positions": (
+        lambda x, cos, sin: x * cos + torch.cat((-x[..., 1:], x[..., :1]), 2) * sin,
+        (2, 3, 1, 2),
+        (2, 2),
+    ),
+    "one half": (lambda x, cos, sin: x * cos + torch.cat((-x[..., 1:],), -1) * sin, (2, 3, 5, 2), (5, 2)),
+    "a half changed": (
+        lambda x, cos, sin: x * cos + torch.cat((-x[..., 4:], x[..., :4].exp()), -1) * sin,
+        (2, 3, 5, 8),
+        (5, 8),
+    ),
+    "halves of two tensors": (
+        lambda x, cos, sin: x * cos + torch.cat((-x[..., 4:], x.exp()[..., :4]), -1) * sin,
+        (2, 3, 5, 8),
+        (5, 8),
+    ),
+    "a number for cos": (lambda x, cos, sin: x * 0.5 + turned(x) * sin, (2, 3, 5, 8), (5, 8)),
+    "a number for sin": (lambda x, cos, sin: x * cos + turned(x) * 0.5, (2, 3, 5, 8), (5, 8)),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROPE)
+def test_what_is_not_a_half_split_rope_is_not_found(name: str) -> None:
+    function, shape, table = NO_ROPE[name]
+    assert find_rope(result(function, torch.randn(shape), *torch.randn(2, *table))) is None
+
+
 VIEWS: dict[str, Spelling] = {
     "heads before positions": lambda y, h: y.view(BATCH, -1, SEQ, HEAD_DIM).transpose(1, 2),
     "batch merged into positions": lambda y, h: y.view(1, BATCH * SEQ, -1, HEAD_DIM),
@@ -221,6 +251,31 @@ VIEWS: dict[str, Spelling] = {
 def test_a_view_that_moves_positions_is_no_site(name: str) -> None:
     report, _ = run(Attention(view=VIEWS[name]), hidden(), *tables(1, 1, 1, HEAD_DIM))
     assert all_fused(report) == {"rms_norm": 3}
+
+
+def test_heads_of_two_dimensions_are_no_site() -> None:
+    net = Attention(head_norm=None, view=lambda y, h: y.view(BATCH, SEQ, -1, 2, HALF))
+    assert all_fused(run(net, hidden(), *tables(1, 1, SEQ, 1, HALF))[0]) == {"rms_norm": 1}
+
+
+def test_values_that_weigh_a_norm_are_refused() -> None:
+    """What ends in the norm is no value of the linear layer that is its weight."""
+
+    class Net(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
+
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            h = self.norm(x)
+            q, k = (rope(self.heads(name, h), cos, sin) for name in "qk")
+            value = self.linears["v"](h).view(BATCH, KV_HEADS, KV_HEADS, HEAD_DIM)
+            other = self.other(x).view(BATCH, KV_HEADS, KV_HEADS, HEAD_DIM).transpose(1, 2)
+            weighed = value * (other * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-6))
+            return q, k, value.transpose(1, 2), other, weighed
+
+    report, _ = run(Net(), hidden()[:, :KV_HEADS], *tables(1, 1, KV_HEADS, HEAD_DIM))
+    refusal(report, "norm_qkv_rope", "extra-user", "'value' has another user")
 
 
 def test_a_query_without_a_key_or_a_value_is_no_site() -> None:
@@ -291,6 +346,31 @@ REFUSED: dict[str, tuple[Attention, tuple[int, ...], str, str]] = {
 def test_what_the_op_does_not_compute_is_refused(name: str) -> None:
     net, shape, code, words = REFUSED[name]
     refusal(run(net, hidden(), *tables(*shape))[0], "norm_qkv_rope", code, words)
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "words"),
+    [
+        (hidden()[:1], (BATCH, 1, SEQ, HEAD_DIM), r"\(3, 1, 5, 8\); expected \[1 or 1, 1, 5, 8\]"),
+        (hidden()[:, :1], (1, 1, SEQ, HEAD_DIM), r"\(1, 1, 5, 8\); expected \[1 or 3, 1, 1, 8\]"),
+    ],
+    ids=["batches", "positions"],
+)
+def test_a_table_of_more_than_there_are_is_refused(x: Tensor, shape: tuple[int, ...], words: str) -> None:
+    refusal(run(Attention(), x, *tables(*shape))[0], "norm_qkv_rope", "shape", words)
+
+
+def test_an_activation_of_four_dimensions_is_refused() -> None:
+    net = Attention(view=lambda y, h: y.view(BATCH, SEQ, -1, HEAD_DIM))
+    report, _ = run(net, hidden().unsqueeze(2), *tables())
+    refusal(report, "norm_qkv_rope", "shape", "argument 'x' is .*; expected 3 dimensions")
+
+
+@pytest.mark.parametrize("name", "qkv")
+def test_a_bias_that_broadcasts_is_refused(name: str) -> None:
+    net = Attention(biases=name)
+    net.linears[name].bias = nn.Parameter(torch.randn(1), requires_grad=False)
+    refusal(run(net, hidden(), *tables())[0], "norm_qkv_rope", "shape", r"bias '.*' is \(1,\); expected")
 
 
 def test_a_refused_region_is_one_site() -> None:

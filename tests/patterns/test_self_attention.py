@@ -244,6 +244,15 @@ NO_CANDIDATE: dict[str, dict[str, Spelling]] = {
         "values": lambda s: s.values.index_copy_(2, s.position, s.k),
     },
     "part of the cache": {"attend": lambda s: attend(s.q, s.keys[:, :, 1:], s.values[:, :, 1:], s.mask[..., 1:])},
+    "keys attended without their cache": {
+        "first": lambda s: setattr(s, "mask", None),
+        "attend": lambda s: attend(s.q, s.k, s.v, None),
+    },
+    "query, key and value of one tensor": {
+        "first": lambda s: vars(s).update(
+            zip("qkv", torch.cat((s.q, s.k, s.v), 1).split([HEADS, KV_HEADS, KV_HEADS], 1))
+        )
+    },
     "key as query": {"attend": lambda s: attend(s.k, s.keys, s.values, s.mask)},
     "query of another projection": {
         "attend": lambda s: attend(s.project(s.x + 1, s.cos, s.sin)[0], s.keys, s.values, s.mask)
