@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 import fusepass
@@ -162,15 +163,63 @@ def test_adapters_merged_in_place_after_compiling_make_the_model_whole() -> None
 # --- quantised weights ---
 
 
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
-def test_torchao_weights_are_refused_and_give_eagers_logits(config: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model, tokens = small_qwen3(2, torch.bfloat16), ids()
-    quantization.quantize_(model, getattr(quantization, config)())
+class Quantised(Tensor):
+    """A weight of a narrow dtype with a scale for each row, as torchao's: its ops compute with what it stands for."""
+
+    @staticmethod
+    def __new__(cls, narrow: Tensor, scale: Tensor) -> "Quantised":
+        return Tensor._make_wrapper_subclass(cls, narrow.shape, dtype=scale.dtype, device=narrow.device)
+
+    def __init__(self, narrow: Tensor, scale: Tensor) -> None:
+        self.narrow_, self.scale_ = narrow, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["narrow_", "scale_"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> "Quantised":
+        return Quantised(inner["narrow_"], inner["scale_"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Quantised(args[0].narrow_, args[0].scale_)
+        wide = pytree.tree_map_only(Quantised, lambda w: w.narrow_.to(w.scale_.dtype) * w.scale_, (args, kwargs or {}))
+        return func(*wide[0], **wide[1])
+
+
+def quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every linear layer's weight in `dtype`."""
+    most = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            scale = module.weight.abs().amax(1, keepdim=True) / most
+            weight = Quantised((module.weight / scale).to(dtype), scale)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def assert_refused(model: PreTrainedModel) -> None:
+    """The norms, and attention, are what has no such weights."""
+    tokens = ids()
     assert type(model.model.layers[0].mlp.up_proj.weight.data) is not Tensor
     torch.testing.assert_close(logits(compiled(model), tokens), logits(model, tokens))
     assert set(fused_sites()) == {"rms_norm", "attention"}
     assert "tensor-subclass" in reasons()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused_and_give_eagers_logits(dtype: torch.dtype) -> None:
+    model = small_qwen3(2, torch.bfloat16)
+    quantise(model, dtype)
+    assert_refused(model)
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_weights_are_refused_and_give_eagers_logits(config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_qwen3(2, torch.bfloat16)
+    quantization.quantize_(model, getattr(quantization, config)())
+    assert_refused(model)
 
 
 # --- weights that lie in memory in another way ---
