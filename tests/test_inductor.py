@@ -1,14 +1,16 @@
 """What our pass does to the graph that Inductor is about to lower."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.scheduler import ForeachKernelSchedulerNode as Combination
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusepass.inductor import fuse_outer_products
+from fusepass.inductor import fuse_outer_products, wide_combo_kernels
 
 aten = torch.ops.aten
 
@@ -38,3 +40,36 @@ def test_products_that_sum_and_those_that_may_stay() -> None:
     for graph in (make_fx(torch.bmm, tracing_mode="fake")(a, b).graph, symbolic(torch.bmm, a, b)):
         fuse_outer_products(graph)
         assert products(graph) == 1
+
+
+class Node:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def get_device(self) -> str:
+        return self.device
+
+
+class Scheduler:
+    def __init__(self, levels: list[list[Node]]) -> None:
+        self.levels = levels
+
+    def _topological_sort_nodes(self) -> list[list[Node]]:
+        return self.levels
+
+
+def test_nodes_of_one_level_and_device_are_combined_and_afterwards_inductors_grouping_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels = [[Node("cuda:0") for _ in range(5)] + [Node("cuda:1"), Node("cpu")], [Node("cuda:1"), Node("cuda:1")]]
+
+    def pairs(scheduler: Scheduler) -> list[list[Node]]:
+        first, second = scheduler.levels
+        return [first[:2], first[2:4], first[4:5], first[5:6], second]
+
+    monkeypatch.setattr(Combination, "group_algorithm_for_combo_kernels", pairs)
+    scheduler: Any = Scheduler(levels)
+    with wide_combo_kernels():
+        first, second = levels
+        assert Combination.group_nodes_for_combo_kernels(scheduler) == [first[:5], first[5:6], second]
+    assert len(Combination.group_nodes_for_combo_kernels(scheduler)) == 5
