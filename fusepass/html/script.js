@@ -12,6 +12,11 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** A name or a path, to be broken where a reader would. */
+function breakable(name) {
+  return name.split(/(?<=[._/])/).flatMap((part) => [part, make("wbr")]);
+}
+
 function stateOf(site) {
   return site.code ? "refused" : "fused";
 }
@@ -221,12 +226,11 @@ function describe() {
   }
   if (site.source) {
     const [, place, code] = /^(.*?), in \S+: (.*)$/.exec(site.source) ?? [, site.source, ""];
-    const file = make("span", { title: place, textContent: place.replace(/^.*site-packages\//, "") });
+    const file = make("span", { title: place }, ...breakable(place.replace(/^.*site-packages\//, "")));
     parts.push(make("p", { className: "source" }, file, make("code", { textContent: code })));
   }
   if (site.inputs.length) {
     const layer = /^.*?\.\d+\.(?=.)/.exec(site.path)?.[0] ?? "";
-    const breakable = (name) => name.split(/(?<=[._])/).flatMap((part) => [part, make("wbr")]);
     const rows = site.inputs.map(([name, shape, dtype]) => {
       const short = name.startsWith(layer) ? name.slice(layer.length) : name;
       return make("tr", {}, make("td", { title: name }, ...breakable(short)), make("td", {}, `${dtype}[${shape.join(", ")}]`));

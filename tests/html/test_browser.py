@@ -252,4 +252,7 @@ def test_64_layers_can_be_used_within_two_seconds(
 
     assert min(seconds() for _ in range(3)) < 2  # other tests may keep the cores busy
     driver = opened(large)
+    press(driver, ".", ".")
+    assert "3 of 64" in detail(driver)
+    assert driver.execute_script("return panes[0].rows.length") > 8000, "all layers are unfolded"
     assert driver.execute_script("return document.querySelectorAll('*').length") < 2000

@@ -153,6 +153,11 @@ def test_the_tree_has_a_line_for_all_layers_that_are_alike(fused: Report, writte
     assert re.findall(r'class="count">(.*?)<', page) == [f"x{LAYERS}"] * 4
 
 
+def test_layers_that_are_alike_are_named_by_ranges(mixed: Report, written: Written) -> None:
+    assert f"model.layers.{{0-{ODD - 1},{ODD + 1}}}.mlp" in str(mixed)
+    assert f'<span class="row module">{{0-{ODD - 1},{ODD + 1}}}.mlp</span>' in written(mixed).read_text()
+
+
 def test_the_page_says_the_reason_and_holds_the_references(mixed: Report, written: Written) -> None:
     found = data(written(mixed).read_text())
     (miss,) = (site for site in found["graphs"][0]["sites"] if site["code"])
