@@ -43,10 +43,11 @@ def _usable(name: str, config: object) -> bool:
     """Whether `config` may be that of the launch `name`: at worst it is slow or does not compile."""
     if not isinstance(config, dict) or not (parsed := re.fullmatch(r"(skinny )?\w+ m(\d+) n\d+ k\d+ \w+", name)):
         return False
-    needed = {"BLOCK_N", "BLOCK_K", "num_warps"} | ({"SLICES"} if parsed[1] else set())
-    rows = int(parsed[2])
-    whole = all(type(size) is int and size > 0 for size in config.values())
-    return whole and needed <= config.keys() and config.get("BLOCK_M", rows) == rows  # fewer would leave rows out
+    if not all(type(setting) is int for setting in config.values()):
+        return False
+    needed, rows = ["BLOCK_N", "BLOCK_K", "num_warps"] + ["SLICES"] * bool(parsed[1]), int(parsed[2])
+    # A BLOCK_M of fewer rows would leave some out.
+    return all(config.get(size, 0) > 0 for size in needed) and config.get("BLOCK_M", rows) == rows
 
 
 def read(path: Path) -> dict[str, Config]:

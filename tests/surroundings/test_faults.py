@@ -245,6 +245,11 @@ def test_a_table_that_can_not_be_read_is_ignored_with_one_warning(
     assert [str(user_table) in message for message in caplog.messages] == [True]
 
 
+@pytest.mark.parametrize("path", Path(tuning.__file__).parent.glob("*.json"), ids=lambda path: path.stem)
+def test_the_shipped_tables_can_be_read(path: Path) -> None:
+    assert tuning.read(path)
+
+
 def test_a_table_of_the_user_goes_before_the_shipped_one(user_table: Path, caplog: pytest.LogCaptureFixture) -> None:
     user_table.write_text(json.dumps({NAME: FINE}))
     assert tuning.lookup("linears", 1, 40, 64, torch.float32) == FINE
