@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Without a GPU the kernels run in Triton's interpreter, which is chosen before Python starts.
 CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 FUSEPASS_CPU=interpret')")
 
-.PHONY: demo test test-slow test-gpu test-matrix lint typecheck bench readme checkpoint clean
+.PHONY: demo test test-slow test-gpu test-matrix fuzz mutate lint typecheck bench readme checkpoint clean
 
 demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
 	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
@@ -26,6 +26,12 @@ test-matrix:  ## site counts, logits and the decode loop on the oldest and the n
 	  $(VENV)-$$version/bin/pip install -q -c constraints-matrix.txt -e .[test] transformers==$$version && \
 	  $(VENV)-$$version/bin/python -m pytest tests/test_qwen3_sites.py tests/decode_loop || exit 1; \
 	done
+
+fuzz: $(VENV)/.installed  ## draw 10,000 decoder blocks and compare each with eager (hours)
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/fuzz $(ARGS)
+
+mutate: $(VENV)/.installed  ## take out each validity check: does a test notice? (an hour; it goes on where it was stopped)
+	$(BIN)/python -m tests.mutate_checks $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
