@@ -1,7 +1,5 @@
 """Tokens are chosen as `torch.multinomial` does after the same processors."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusepass.decoding.choice import CHUNKS, Choice, likeliest
+from fusepass.decoding.choice import Choice
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROCESSORS: list[list[LogitsProcessor]] = [
@@ -69,20 +67,6 @@ def test_a_choice_of_too_few_among_ties_says_so_and_a_wide_one_is_right() -> Non
     assert torch.equal(got, want)
     assert alarm is not None
     assert torch.isfinite(alarm).all()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("vocabulary", [CHUNKS * 64, CHUNKS * 64 + 1, CHUNKS * 4])
-def test_the_likeliest_of_a_long_row_are_those_of_topk(vocabulary: int, device: str) -> None:
-    logits = torch.randperm(5 * vocabulary, device=device).view(5, -1).float()
-    logits[1, 3] = math.nan
-    logits[2] = -math.inf
-    logits[2, -1] = 0
-    values, indices = likeliest(logits, 16)
-    want, _ = logits.topk(16)
-    assert torch.equal(values.nan_to_num(nan=math.pi), want.nan_to_num(nan=math.pi))
-    assert torch.equal(logits.gather(1, indices).nan_to_num(nan=math.pi), want.nan_to_num(nan=math.pi))
-    assert all(len(row.unique()) == 16 for row in indices)
 
 
 @pytest.mark.gpu
