@@ -42,6 +42,8 @@ def outcome(model: PreTrainedModel, tokens: Tensor, **settings: Any) -> Any:
 )
 def test_every_cache_of_hugging_face_gives_the_tokens_or_the_error_that_it_gives_without(kind: str) -> None:
     model, twin = model_and_twin()
+    if kind in NEEDS_STREAMS and torch.__version__ < "2.12":
+        pytest.skip("at the second compilation with a stream torch 2.11 ends the process, before it calls any backend")
     if kind in NEEDS_STREAMS:
         twin.compile(backend="eager")  # it may be that Dynamo has no streams
     tokens = ids(2, 6)
