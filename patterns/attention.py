@@ -71,7 +71,7 @@ class AttentionFusion(Fusion[AttentionMatch]):
     order = 30
 
     def match(self, node: Node) -> AttentionMatch | None:
-        if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
+        if node.target is not F.scaled_dot_product_attention:
             return None
         found = (argument(node, i, name, default=_DEFAULTS[i]) for i, name in enumerate(_KEYWORDS))
         q, key, val, mask, dropout, causal, scale = found
@@ -131,10 +131,8 @@ class AttentionFusion(Fusion[AttentionMatch]):
             raise Refused("device", f"'{mask.name}' is on {fake.device}, the activation on {x.device}", mask)
         if fake.dtype not in (torch.bool, x.dtype):
             raise Refused("dtype", f"'{mask.name}' is {fake.dtype}; expected torch.bool or {x.dtype}", mask)
-        batch, heads, tokens, _ = x.shape
-        want = (batch, heads, tokens, value(match.k).shape[2])
-        if fake.dim() != 4 or not all(got == 1 or got == size for got, size in zip(fake.shape, want)):
-            raise Refused("shape", f"'{mask.name}' is {tuple(fake.shape)}; expected {want} or ones", mask)
+        if fake.dim() != 4:
+            raise Refused("shape", f"'{mask.name}' is {tuple(fake.shape)}; expected four dimensions", mask)
         # The op may come before nodes that stand between the first of the region and its last.
         node, read = min(match.interior), storages(mask)
         while node is not match.anchor:

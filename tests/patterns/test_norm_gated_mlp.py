@@ -180,3 +180,9 @@ def test_a_norm_that_the_op_does_not_compute_is_refused() -> None:
     mlp.norm = Norm(widen=lambda x: x)
     report, _ = run(mlp.bfloat16(), hidden(torch.bfloat16))
     refusal(report, "norm_gated_mlp", "dtype", "statistics are torch.bfloat16")
+
+
+def test_a_norm_that_rounds_elsewhere_is_refused() -> None:
+    mlp = MLP()
+    mlp.norm = Norm(narrow=lambda h, x: h.half())
+    refusal(run(mlp, hidden())[0], "norm_gated_mlp", "dtype", "the weight multiplies torch.float16, not the input's")
