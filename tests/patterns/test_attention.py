@@ -203,13 +203,13 @@ def test_written_in_the_middle(which: str) -> None:
 def test_other_head_size_of_v() -> None:
     q, k, v = tensors()
     report, _ = run(sdpa, q, k, v.repeat_interleave(2, -1))
-    refusal(report, "attention", "shape", "expected")
+    refusal(report, "attention", "shape", "^q is .*; expected one batch, one head size")
 
 
 def test_mask_of_two_dimensions() -> None:
     q, k, v = tensors()
     report, _ = run(lambda q, k, v, mask: sdpa(q, k, v, attn_mask=mask), q, k, v, visible(1, LENGTH))
-    refusal(report, "attention", "shape", "expected")
+    refusal(report, "attention", "shape", "mask.*; expected four dimensions")
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

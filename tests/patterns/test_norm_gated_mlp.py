@@ -169,10 +169,11 @@ def test_an_up_that_broadcasts_is_refused() -> None:
     refusal(run(mlp, hidden())[0], "norm_gated_mlp", "shape", "up")
 
 
-def test_a_bias_that_broadcasts_is_refused() -> None:
-    mlp = MLP(biases="g")
-    mlp.gate.bias = nn.Parameter(torch.randn(1), requires_grad=False)
-    refusal(run(mlp, hidden())[0], "norm_gated_mlp", "shape", "bias")
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_a_bias_that_broadcasts_is_refused(name: str) -> None:
+    mlp = MLP(biases="gud")
+    getattr(mlp, name).bias = nn.Parameter(torch.randn(1), requires_grad=False)
+    refusal(run(mlp, hidden())[0], "norm_gated_mlp", "shape", rf"^bias '.*{name}.*' is \(1,\); expected")
 
 
 def test_a_norm_that_the_op_does_not_compute_is_refused() -> None:

@@ -214,7 +214,11 @@ REFUSED: dict[str, tuple[tuple[Tensor, ...], str, str]] = {
         "weight-layout",
         rf"\({HIDDEN},\); expected \[any, {HIDDEN}\]",
     ),
-    "bias that broadcasts": ((hidden(), NORM, SQUARE, torch.randn(1)), "shape", rf"bias.*\(1,\).*\[{HIDDEN}\]"),
+    "bias that broadcasts": (
+        (hidden(), NORM, SQUARE, torch.randn(1)),
+        "shape",
+        rf"^bias '.*' is \(1,\); expected \[{HIDDEN}\]",
+    ),
     "norm weight that broadcasts": ((hidden(), NORM[:1], SQUARE), "shape", rf"norm weight.*row of {HIDDEN}"),
     "f64": ((hidden(F64), NORM.to(F64), SQUARE.to(F64)), "dtype", "float64; expected bfloat16, float16 or float32"),
 }
