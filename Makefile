@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Without a GPU the kernels run in Triton's interpreter, which is chosen before Python starts.
 CPU_ENV = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 FUSEPASS_CPU=interpret')")
 
-.PHONY: demo test test-slow test-gpu test-matrix fuzz mutate lint typecheck bench readme checkpoint clean
+.PHONY: demo test test-slow test-gpu test-matrix all-models hf-tests fuzz mutate lint typecheck bench readme checkpoint clean
 
 demo: $(VENV)/.installed  ## set up, load the checkpoint, fuse, generate, compare
 	$(CPU_ENV) $(BIN)/python examples/demo.py $(ARGS)
@@ -26,6 +26,13 @@ test-matrix:  ## site counts, logits and the decode loop on the oldest and the n
 	  $(VENV)-$$version/bin/pip install -q -c constraints-matrix.txt -e .[test] transformers==$$version && \
 	  $(VENV)-$$version/bin/python -m pytest tests/test_qwen3_sites.py tests/decode_loop || exit 1; \
 	done
+
+all-models: $(VENV)/.installed  ## every causal LM of transformers beside eager; resumes; writes docs/causal-lms.md
+	$(BIN)/python -W ignore -m tests.causal_lms $(ARGS)
+
+hf-tests: $(VENV)/.installed  ## the tests of a source checkout of transformers: make hf-tests TRANSFORMERS_SRC=...
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf-tests]"
+	$(BIN)/python -m tests.hf $(TRANSFORMERS_SRC) --record docs/hf-tests.md $(ARGS)
 
 fuzz: $(VENV)/.installed  ## draw 10,000 decoder blocks and compare each with eager (hours)
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -s tests/fuzz $(ARGS)
