@@ -396,8 +396,12 @@ def test_a_transposed_weight_is_refused(name: str) -> None:
     refusal(report, "norm_qkv_rope", "weight-layout", "strides.*not contiguous")
 
 
-def test_a_head_norm_that_the_op_does_not_compute_is_refused() -> None:
+@pytest.mark.parametrize("name", ["input", "q", "k"])
+def test_a_norm_that_the_op_does_not_compute_is_refused(name: str) -> None:
     net = Attention()
-    net.norms["k"] = Norm(HEAD_DIM, widen=lambda x: x.to(torch.float64))
+    if name == "input":
+        net.norm = Norm(widen=lambda x: x.to(torch.float64))
+    else:
+        net.norms[name] = Norm(HEAD_DIM, widen=lambda x: x.to(torch.float64))
     report, _ = run(net, hidden(), *tables())
     refusal(report, "norm_qkv_rope", "dtype", "statistics are torch.float64")
