@@ -329,6 +329,7 @@ REFUSED: dict[str, tuple[Attention, tuple[int, ...], str, str]] = {
         r"\(1, 2, 5, 8\); expected \[1 or 3, 1, 5, 8\]",
     ),
     "a number for each position": (Attention(), (1, 1, SEQ, 1), "shape", r"\(1, 1, 5, 1\); expected"),
+    "a table of three dimensions": (Attention(), (1, 1, HEAD_DIM), "shape", r"\(1, 1, 8\); expected"),
     "a table without a batch": (Attention(), (SEQ, HEAD_DIM), "shape", r"\(5, 8\); expected"),
     "a value used before the table exists": (Odd(early_value), (), "order", "'total' uses '.*' before '.*' exists"),
     "a table made of the value": (Odd(table_of_the_value, heads=(3, 1, 1)), (), "order", "'cos' uses '.*' before"),
