@@ -226,7 +226,12 @@ NO_ROPE: dict[str, tuple[Spelling, tuple[int, ...], tuple[int, ...]]] = {
         (5, 8),
     ),
     "halves of two tensors": (
-        lambda x, cos, sin: x * cos + torch.cat((-x[..., 4:], x.exp()[..., :4]), -1) * sin,
+        lambda x, cos, sin: x * cos + torch.cat((-x.exp()[..., 4:], x[..., :4]), -1) * sin,
+        (2, 3, 5, 8),
+        (5, 8),
+    ),
+    "a half not negated": (
+        lambda x, cos, sin: x * cos + torch.cat((x[..., 4:].exp(), x[..., :4]), -1) * sin,
         (2, 3, 5, 8),
         (5, 8),
     ),
@@ -243,6 +248,7 @@ def test_what_is_not_a_half_split_rope_is_not_found(name: str) -> None:
 
 VIEWS: dict[str, Spelling] = {
     "heads before positions": lambda y, h: y.view(BATCH, -1, SEQ, HEAD_DIM).transpose(1, 2),
+    "overlapping heads": lambda y, h: y.unfold(2, HEAD_DIM, HALF),
     "batch merged into positions": lambda y, h: y.view(1, BATCH * SEQ, -1, HEAD_DIM),
 }
 
