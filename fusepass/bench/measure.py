@@ -19,6 +19,7 @@ import fusepass
 from fusepass.bench.device import Cuda, device
 from fusepass.bench.models import load, static_cache
 from fusepass.bench.rows import WARM_UP, Row, compiler, torch_mode
+from fusepass.ops.library import STOOD_IN
 
 Tell = Callable[[str, bool], None]
 """Hears what goes on: a line of text, and whether it is a finding to keep or only what is being done now."""
@@ -195,7 +196,10 @@ def check(ours: Tensor, eager: Tensor, limit: float, record: dict[str, Any]) -> 
 
 
 def fused() -> dict[str, Any]:
-    """What the reports since the last reset say. Raises RuntimeError if nothing was fused: then this is Inductor."""
+    """What the reports since the last reset say. Raises RuntimeError if it is not fusepass that is measured: nothing was
+    fused, or an op had no kernel and ran in plain torch."""
+    if STOOD_IN:
+        raise RuntimeError("; ".join(f"{op} ran in plain torch: {reason}" for op, reason in STOOD_IN.items()))
     reports = fusepass.reports()
     counts = sum((report.counts() for report in reports), Counter())
     if not counts:

@@ -109,6 +109,14 @@ def test_a_fusepass_mode_that_fused_nothing_is_a_failure(monkeypatch: pytest.Mon
     assert "ms" in found["eager"]
 
 
+def test_a_fusepass_mode_in_which_plain_torch_stood_in_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    monkeypatch.setattr(module, "STOOD_IN", {"norm_linear": "too much shared memory"})
+    found = with_modes(monkeypatch, checkpoint, {"fusepass": lambda model: model})
+    assert found["fusepass"]["error"] == "RuntimeError: norm_linear ran in plain torch: too much shared memory"
+
+
 def positions(row: Row) -> list[int]:
     """How full the cache is before each forward of a round."""
     subject, seen = Subject(row), []
