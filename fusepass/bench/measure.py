@@ -196,8 +196,8 @@ def check(ours: Tensor, eager: Tensor, limit: float, record: dict[str, Any]) -> 
 
 
 def fused() -> dict[str, Any]:
-    """What the reports since the last reset say. Raises RuntimeError if it is not fusepass that is measured: nothing was
-    fused, or an op had no kernel and ran in plain torch."""
+    """What the reports since the last reset say. Raises RuntimeError if nothing was fused, or an op had no kernel and
+    ran in plain torch: then it is not fusepass that is measured."""
     if STOOD_IN:
         raise RuntimeError("; ".join(f"{op} ran in plain torch: {reason}" for op, reason in STOOD_IN.items()))
     reports = fusepass.reports()
