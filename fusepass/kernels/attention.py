@@ -304,13 +304,14 @@ class Gpu(NamedTuple):
 @functools.cache
 def _gpu(device: int) -> Gpu:
     properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return Gpu(2 * properties["multiprocessor_count"], 48 << 10 if is_hip() else properties["max_shared_mem"])
+    return Gpu(2 * properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def _this_gpu() -> Gpu:
     if interpreted():
         return Gpu(8, 96 << 10)
-    return _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(264, 227 << 10)
+    gpu = _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(264, 227 << 10)
+    return gpu._replace(shared=48 << 10) if is_hip() else gpu
 
 
 class Plan(NamedTuple):

@@ -222,20 +222,17 @@ def test_caches_may_have_any_strides(layout: str, names: tuple[str, ...]) -> Non
 @pytest.mark.parametrize("length", [64, 71])
 @pytest.mark.parametrize("past", [0, 1, 56, 57, 64, (1 << 31) + 3, -100])
 @pytest.mark.parametrize("masked", [False, True])
-def test_outside_of_the_cache_nothing_is_written(length: int, past: int, masked: bool) -> None:
-    """Where eager stops with an error: behind the end, in its block of 64 or in a later one, and before the start. The
-    token then attends to the others alone."""
+def test_outside_of_the_cache_nothing_is_written_and_the_result_is_nan(length: int, past: int, masked: bool) -> None:
+    """Where eager stops with an error: behind the end, in its block of 64 or in a later one, and before the start."""
     arguments = sample("self_attention", 2, 1)
     arguments |= {name: arguments[name][:, :, :length] for name in CACHES}
     arguments["mask"] = arguments["mask"][..., :length] if masked else None
     arguments["position"] = torch.tensor([length + past], device=DEVICE)
-    query, _, _ = OPS["norm_qkv_rope"].overload(*list(arguments.values())[:16], False)
-    want = OPS["attention"].overload(query, *(arguments[n] for n in (*CACHES, "mask", "scale")))
     memory = []
     for name in CACHES:
         arguments[name], around = surrounded(arguments[name])
         memory.append((around, around.clone()))
-    assert rms_error(OP.overload(*arguments.values()), want.double()) < 5e-3
+    assert OP.overload(*arguments.values()).isnan().all()
     assert all(torch.equal(bits(after), bits(before)) for after, before in memory)
 
 
