@@ -98,11 +98,11 @@ def test_a_walk_is_tried_in_both_orders_and_one_of_few_large_steps_unrolled_too(
             walks: dict[tuple[int, ...], list[tuple[int, int]]] = {}
             for config in candidates(problem):
                 tile = config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]
-                walks.setdefault(tile, []).append((config.get("NEXT_FIRST", 0), config.get("UNROLL", 1)))
+                walks.setdefault(tile, []).append((config.get("NEXT_FIRST", 1), config.get("UNROLL", 1)))
             for (_, k, _), walk in walks.items():
                 steps = math.ceil(problem.k / k) - 1
                 unrolls = {1, steps} if k >= 512 and 2 <= steps <= 16 else {1}
-                assert sorted(walk) == sorted(itertools.product((0, 1) if steps else (0,), unrolls))
+                assert sorted(walk) == sorted(itertools.product((0, 1) if steps else (1,), unrolls))
 
 
 def test_the_shipped_tables_could_have_been_found() -> None:
