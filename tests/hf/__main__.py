@@ -57,9 +57,10 @@ def run(checkout: Path, backend: str, options: list[str], tests: list[str]) -> l
         environment = {"FUSEPASS_CPU": "reference", "HF_HUB_OFFLINE": "1", **os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths))}
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-        if not record.exists():
-            raise SystemExit(f"pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-        return [_outcome(case) for case in xml.parse(record).iter("testcase")]
+        outcomes = [_outcome(case) for case in xml.parse(record).iter("testcase")] if record.exists() else []
+        if not outcomes:
+            raise SystemExit(f"pytest ran no test:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        return outcomes
 
 
 def _outcome(case: xml.Element) -> Outcome:

@@ -94,6 +94,14 @@ def test_a_run_of_pytest_that_does_not_come_about_says_why(tmp_path: Path) -> No
         run(tmp_path, "fusepass", ["--no-such-option"], [])
 
 
+@pytest.mark.parametrize(
+    ("tests", "why"), [("tests/models/none", "not found: tests/models/none"), ("-k no_such", "deselected")]
+)
+def test_a_run_that_finds_no_test_says_why(checkout: Path, tests: str, why: str) -> None:
+    with pytest.raises(SystemExit, match=why):
+        run(checkout, "fusepass", [], ["tests/models/toy", *tests.split()])
+
+
 def test_what_fails_is_listed_with_what_the_other_backends_do() -> None:
     test = f"tests/models/{MODELS[0]}/test_modeling.py::Test::test_a"
     passed = [Outcome("b", "passed", "", True), Outcome("c", "passed", "", False)]
