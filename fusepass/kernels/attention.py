@@ -251,9 +251,9 @@ def attention_kernel(
         all_slots = tl.num_programs(0).to(tl.int64) * ROWS * splits
         tl.store(stats_ptr + slot, highest, row < ROWS)
         tl.store(stats_ptr + all_slots + slot, total, row < ROWS)
-        # The combine reads the sums of splits that saw something.
-        seen = ((row < ROWS) & (total > 0.0))[:, None] & (d < D)[None, :]
-        tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, seen)
+        # Zeros from a split that saw nothing: the combine asks for all sums at once, without a look at `stats` before.
+        acc = tl.where((total > 0.0)[:, None], acc, 0.0)
+        tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, (row < ROWS)[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -276,7 +276,7 @@ def combine_kernel(
         slot = row * splits + split
         split_highest = tl.load(stats_ptr + slot, split < splits, other=float("-inf"))
         split_total = tl.load(stats_ptr + all_slots + slot, split < splits, other=0.0)
-        read = (split_total > 0.0)[:, None] & (d < D)[None, :]
+        read = (split < splits)[:, None] & (d < D)[None, :]
         partial = tl.load(partial_ptr + slot[:, None] * D + d[None, :], read, other=0.0)
         higher = tl.maximum(highest, tl.max(split_highest))
         base = tl.where(higher == float("-inf"), 0.0, higher)

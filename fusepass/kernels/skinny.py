@@ -1,8 +1,9 @@
 """The tensor-core path for few rows (batched decode): the weights are the M side of the product.
 
 `tl.dot` needs at least 16 rows on its M side and rounds activation rows up; with A and B swapped the padding falls
-on the N side, where 8 is the smallest tile, and every weight is read once whatever the number of rows. A tile
-that spans K is loaded before anything that the previous kernel makes, as in `gemv`; smaller ones are pipelined.
+on the N side, where 8 is the smallest tile, and every weight is read once whatever the number of rows. Weights go
+through a pipeline in shared memory, or AHEAD tiles are loaded into registers before anything that the previous kernel
+makes, as in `gemv`: then all activations are held as well, and the norm may be taken in.
 
 A program's small tile would keep one warp of several busy, in one long chain of products along K. So K is cut into
 SLICES of a batched product, one a warp, summed at the end. Qwen3-0.6B's o_proj for 8 rows on an H200: 4.6 us without,
@@ -48,34 +49,51 @@ def _load_x(x_ptr, x_stride, m, start, M, K: tl.constexpr, SLICES: tl.constexpr,
 
 
 @triton.jit
-def _load_normalised(
-    x_ptr, x_stride, norm_ptr, norm, eps, m, M, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
-    HIGH: tl.constexpr,
-):  # fmt: skip
-    """All activations in one tile, as `_load_x` gives them, after the norm if there is one; `norm`: its weight."""
-    x = _load_x(x_ptr, x_stride, m, 0, M, K, SLICES, BLOCK_K)
-    if norm_ptr is not None:
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        wide = x.to(tl.float32)
-        squares = wide * wide
-        if SLICES > 1:
-            rstd = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)[None, None, :]
-        else:
-            rstd = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
-        x = normalise(wide, norm, rstd, dtype, HIGH).to(dtype)
-    return x
+def _load_norm(norm_ptr, start, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One K step of the norm's weight, in the shape of activations of one row."""
+    k = start + tl.arange(0, BLOCK_K)[:, None]
+    if SLICES > 1:
+        k = k[None, :, :] + tl.arange(0, SLICES)[:, None, None] * BLOCK_K
+    return tl.load(norm_ptr + k, k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_norm(norm_ptr, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The norm's weight, if there is one, in the shape of a tile of activations with one row."""
-    if norm_ptr is None:
-        return 1.0
+def _load_norms(norm_ptr, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All steps of the norm's weight, if there is a norm."""
+    norms = ()
+    if norm_ptr is not None:
+        for start in tl.static_range(0, K, SLICES * BLOCK_K):
+            norms += (_load_norm(norm_ptr, start, K, SLICES, BLOCK_K),)
+    return norms
+
+
+@triton.jit
+def _load_normalised(
+    x_ptr, x_stride, norms, eps, m, M, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
+    HIGH: tl.constexpr,
+):  # fmt: skip
+    """The activations of all K steps, after the norm if there is one."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    steps = ()
+    for start in tl.static_range(0, K, SLICES * BLOCK_K):
+        steps += (_load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K),)
+    if len(norms) == 0:
+        return steps
     else:
-        k = tl.arange(0, BLOCK_K)[:, None]
+        squares = tl.zeros([m.shape[0]], tl.float32)
+        for i in tl.static_range(len(steps)):
+            wide = steps[i].to(tl.float32)
+            if SLICES > 1:
+                squares += tl.sum(tl.sum(wide * wide, 1), 0)
+            else:
+                squares += tl.sum(wide * wide, 0)
+        rstd = tl.rsqrt(squares / K + eps)[None, :]
         if SLICES > 1:
-            k = k[None, :, :] + tl.arange(0, SLICES)[:, None, None] * BLOCK_K
-        return tl.load(norm_ptr + k, k < K, other=0.0).to(tl.float32)
+            rstd = rstd[None, :, :]
+        normalised = ()
+        for i in tl.static_range(len(steps)):
+            normalised += (normalise(steps[i].to(tl.float32), norms[i], rstd, dtype, HIGH).to(dtype),)
+        return normalised
 
 
 @triton.jit
@@ -100,8 +118,7 @@ def linear_skinny_kernel(
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
-    HIGH: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y_i = norm(x) @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
 
@@ -127,15 +144,20 @@ def linear_skinny_kernel(
     rows = tl.minimum(n, N - 1)
     m = tl.arange(0, BLOCK_M)
     STEP: tl.constexpr = SLICES * BLOCK_K
-    if STEP >= K:
-        w = _load_weight(w_ptr, rows, 0, K, SLICES, BLOCK_K)
-        norm = _load_norm(norm_ptr, K, SLICES, BLOCK_K)
+    acc = _zeros(SLICES, BLOCK_N, BLOCK_M)
+    if AHEAD > 0:
+        weights = ()
+        for start in tl.static_range(0, AHEAD * STEP, STEP):
+            weights += (_load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K),)
+        norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
         before_activations(EARLY)
-        x = _load_normalised(x_ptr, x_stride, norm_ptr, norm, eps, m, M, K, SLICES, BLOCK_K, HIGH)
-        acc = tl.dot(w, x, input_precision="ieee")
+        x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K, SLICES, BLOCK_K, HIGH)
+        for i in tl.static_range(len(x)):
+            if (i + AHEAD) * STEP < K:
+                weights += (_load_weight(w_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+            acc = tl.dot(weights[i], x[i], acc, input_precision="ieee")
     else:
         before_activations(EARLY)
-        acc = _zeros(SLICES, BLOCK_N, BLOCK_M)
         for start in range(0, K, STEP):
             w = _load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K)
             x = _load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K)
@@ -156,7 +178,7 @@ def linear_skinny_kernel(
 def gated_skinny_kernel(
     x_ptr, x_stride, norm_ptr, eps, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y = activation(norm(x) @ gate.T + b) * (norm(x) @ up.T + b); shapes as in `linear_skinny_kernel`."""
     begin(PDL, EARLY)
@@ -164,18 +186,24 @@ def gated_skinny_kernel(
     rows = tl.minimum(n, N - 1)
     m = tl.arange(0, BLOCK_M)
     STEP: tl.constexpr = SLICES * BLOCK_K
-    if STEP >= K:
-        g = _load_weight(gate_ptr, rows, 0, K, SLICES, BLOCK_K)
-        u = _load_weight(up_ptr, rows, 0, K, SLICES, BLOCK_K)
-        norm = _load_norm(norm_ptr, K, SLICES, BLOCK_K)
+    gate = _zeros(SLICES, BLOCK_N, BLOCK_M)
+    up = _zeros(SLICES, BLOCK_N, BLOCK_M)
+    if AHEAD > 0:
+        gates, ups = (), ()
+        for start in tl.static_range(0, AHEAD * STEP, STEP):
+            gates += (_load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K),)
+            ups += (_load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K),)
+        norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
         before_activations(EARLY)
-        x = _load_normalised(x_ptr, x_stride, norm_ptr, norm, eps, m, M, K, SLICES, BLOCK_K, HIGH)
-        gate = tl.dot(g, x, input_precision="ieee")
-        up = tl.dot(u, x, input_precision="ieee")
+        x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K, SLICES, BLOCK_K, HIGH)
+        for i in tl.static_range(len(x)):
+            if (i + AHEAD) * STEP < K:
+                gates += (_load_weight(gate_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+                ups += (_load_weight(up_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+            gate = tl.dot(gates[i], x[i], gate, input_precision="ieee")
+            up = tl.dot(ups[i], x[i], up, input_precision="ieee")
     else:
         before_activations(EARLY)
-        gate = _zeros(SLICES, BLOCK_N, BLOCK_M)
-        up = _zeros(SLICES, BLOCK_N, BLOCK_M)
         for start in range(0, K, STEP):
             g = _load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K)
             u = _load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K)
@@ -195,27 +223,31 @@ def gated_skinny_kernel(
 
 
 def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes, warps and stages: measured ones if there are, else safe ones. Small N tiles: Qwen3-0.6B's o_proj
-    has 1024 features for 132 multiprocessors."""
+    """Block sizes, warps and stages: measured ones if there are, else safe ones. AHEAD: K steps of weights that
+    registers hold before the activations are there; 0 for a pipeline through shared memory."""
     block_m = max(8, next_power_of_2(m))
-    if measured := tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype):
-        return {"BLOCK_M": block_m, **measured}
+    config = tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype) or _safe_config(block_m, n, dtype)
+    steps = cdiv(k, config["SLICES"] * config["BLOCK_K"])
+    return {"BLOCK_M": block_m, **config, "AHEAD": min(config.get("AHEAD", steps == 1), steps)}
+
+
+def _safe_config(block_m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
+    """Small N tiles: Qwen3-0.6B's o_proj has 1024 features for 132 multiprocessors."""
     if interpreted():
-        tile = {"BLOCK_N": interpreter_block_n(n), "SLICES": 2, "BLOCK_K": 128}
-        return {"BLOCK_M": block_m, **tile, "num_warps": 1, "num_stages": 1}
+        return {"BLOCK_N": interpreter_block_n(n), "SLICES": 2, "BLOCK_K": 128, "num_warps": 1, "num_stages": 1}
     wide = dtype == torch.float32  # f32 tiles are twice as large and spill at 64 x 64 x 64
     block_n = 16 if n < 4096 or (wide and block_m == 64) else 64
     block_k = 64 if wide else 256 if block_n == 16 else 128
     slices = 4 if block_n == 16 and not wide else 1
     tile = {"BLOCK_N": block_n, "SLICES": slices, "BLOCK_K": block_k // slices}
-    return {"BLOCK_M": block_m, **tile, "num_warps": 4, "num_stages": 2 if is_hip() else 3}
+    return {**tile, "num_warps": 4, "num_stages": 2 if is_hip() else 3}
 
 
 def _norm_apart(
     x: Tensor, norm_weight: Tensor | None, eps: float, config: dict[str, int], high: bool, early: bool
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """x, the norm's weight and `early` for the product: where a tile does not hold all of K, the norm runs before."""
-    if norm_weight is None or config["SLICES"] * config["BLOCK_K"] >= x.shape[1]:
+    """x, the norm's weight and `early` for the product: where registers do not hold all of K, the norm runs before."""
+    if norm_weight is None or config["AHEAD"] > 0:
         return x, norm_weight, early
     return rms_norm(x, norm_weight, eps, high, early), None, True  # behind a kernel of ours: see `project`
 

@@ -71,35 +71,41 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 def _rows(problem: Problem) -> Iterator[Config]:
-    """Tiles of 16 to 128 products a thread, each row of activations counted. The walk along K is a loop or, where that
-    takes few steps of large tiles, unrolled too."""
+    """Tiles of 8 to 128 products a thread, each row of activations counted, all warps side by side along K, in up to 20
+    steps, with up to as many loaded ahead as leave a thread half of its registers."""
     for n, k, warps in itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
-        held = n * k * problem.matrices * problem.m / (32 * warps)
-        if k > next_power_of_2(problem.k) or not 16 <= held <= 128:
+        loaded = n * k * problem.matrices / (32 * warps)
+        steps = cdiv(problem.k, k)
+        if k > next_power_of_2(problem.k) or steps > 20 or k < 256 * warps or not 8 <= loaded <= 128 / problem.m:
             continue
-        tile = {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
-        steps = cdiv(problem.k, k) - 1  # of the loop: the last tile is peeled off
-        if not steps:
-            yield tile
-            continue
-        for first in (1, 0):
-            yield {**tile, "NEXT_FIRST": first}
-            if k >= 512 and 2 <= steps <= 16:
-                yield {**tile, "NEXT_FIRST": first, "UNROLL": steps}
+        for ahead in sorted({min(steps, tiles) for tiles in (1, 2, 3, 4, 6, 20)}):
+            if ahead == 1 or loaded * ahead <= 256:
+                yield {"BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "num_warps": warps}
 
 
 def _skinny(problem: Problem) -> Iterator[Config]:
-    """Tiles of 16 to 128 weights a thread, in pipelines that fit in 200 KB of shared memory."""
+    """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, or loaded ahead into
+    registers, up to as many as leave a thread half of them. Not fewer programs than a third of an H200's multiprocessors,
+    and the smallest tiles only where larger ones would leave multiprocessors idle."""
     m, matrices = problem.m, problem.matrices
-    for n, slices, k, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
-        step = slices * k
-        held = n * step * matrices / (32 * warps)
-        if step >= 2 * problem.k or slices > 2 * warps or not 16 <= held <= 128 or n * m > 8192 // matrices:
+    for n, slices, k, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
+        step, threads = slices * k, 32 * warps
+        loaded, programs = n * step * matrices / threads, cdiv(sum(problem.sizes), n)
+        if step >= 2 * problem.k or slices > 2 * warps or not 16 <= loaded <= 128 or n * m > 8192 // matrices:
             continue
-        for stages in (3, 4, 5) if step < problem.k else (1,):
-            if (n * matrices + m) * step * 2 * stages <= 200 << 10:
-                tile = {"BLOCK_M": m, "BLOCK_N": n, "SLICES": slices, "BLOCK_K": k}
-                yield {**tile, "num_warps": warps, "num_stages": stages}
+        if programs < 40 or (programs > 1200 and n < 64):
+            continue
+        tile = {"BLOCK_M": m, "BLOCK_N": n, "SLICES": slices, "BLOCK_K": k, "num_warps": warps}
+        shared = (n * matrices + m) * step * 2
+        steps = cdiv(problem.k, step)
+        if steps > 1:
+            for stages in (3, 4, 5):
+                if shared * stages <= 200 << 10:
+                    yield {**tile, "AHEAD": 0, "num_stages": stages}
+        if steps <= 8 and m * problem.k / threads <= 128 and shared <= 200 << 10:
+            for ahead in sorted({1, min(steps, 2), steps}):
+                if ahead == 1 or loaded * ahead <= 192:
+                    yield {**tile, "AHEAD": ahead, "num_stages": 1}
 
 
 def chain(problem: Problem, copies: int, device: str = "cuda") -> Work:

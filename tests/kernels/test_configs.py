@@ -22,15 +22,19 @@ EPS = 1e-6
 Config = dict[str, int]
 
 ROWS: list[Config] = [
-    {"BLOCK_N": 4, "BLOCK_K": 128, "UNROLL": 1, "num_warps": 1},  # a tile holds a row
-    {"BLOCK_N": 4, "BLOCK_K": 32, "UNROLL": 1, "num_warps": 1},
-    {"BLOCK_N": 2, "BLOCK_K": 32, "UNROLL": 4, "num_warps": 1},
-    {"BLOCK_N": 8, "BLOCK_K": 16, "UNROLL": 2, "num_warps": 1},
+    {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 1},  # a tile holds a row
+    {"BLOCK_N": 4, "BLOCK_K": 32, "num_warps": 1},
+    {"BLOCK_N": 2, "BLOCK_K": 32, "AHEAD": 2, "num_warps": 1},
+    {"BLOCK_N": 8, "BLOCK_K": 16, "AHEAD": 7, "num_warps": 1},
 ]
 SKINNY: list[Config] = [
-    {"BLOCK_N": 16, "SLICES": slices, "BLOCK_K": block_k, "num_warps": 1, "num_stages": stages}
-    for slices, block_k, stages in [(1, 128, 1), (4, 32, 1), (1, 32, 3), (2, 16, 3), (4, 16, 2)]
-]
+    {"BLOCK_N": 16, "SLICES": slices, "BLOCK_K": block_k, "AHEAD": ahead, "num_warps": 1, "num_stages": stages}
+    for slices, block_k, ahead, stages in [
+        (1, 128, 1, 1), (4, 32, 1, 1),  # a tile holds a row
+        (1, 32, 0, 3), (2, 16, 0, 3), (4, 16, 0, 2),  # a pipeline
+        (1, 32, 1, 1), (2, 16, 2, 1), (2, 16, 4, 1),  # of 4 steps, 1, 2 or all ahead
+    ]
+]  # fmt: skip
 K = 100
 
 

@@ -158,14 +158,14 @@ def real_compiler(config: dict[str, int], **environment: str) -> tuple[dict[str,
 
 
 def test_what_triton_can_not_compile_runs_in_plain_torch() -> None:
-    stood_in, right = real_compiler({"BLOCK_N": 3, "BLOCK_K": 64, "UNROLL": 1, "num_warps": 1})
+    stood_in, right = real_compiler({"BLOCK_N": 3, "BLOCK_K": 64, "num_warps": 1})
     assert right == 2
     assert "power of 2" in stood_in["linear_residual"]
 
 
 def test_a_triton_cache_that_can_not_be_written_leaves_the_op_to_plain_torch(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    config = {"BLOCK_N": 2, "BLOCK_K": 64, "UNROLL": 1, "num_warps": 1}
+    config = {"BLOCK_N": 2, "BLOCK_K": 64, "num_warps": 1}
     stood_in, right = real_compiler(config, TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
     assert right == 2
     assert "Not a directory" in stood_in["linear_residual"]
@@ -291,7 +291,7 @@ def test_on_a_gpu_a_config_that_can_not_run_leaves_the_op_to_plain_torch(
     op, args = OPS["linear_residual"], projection(rows)
     # 512 KB of weights in flight, where a block of an H200 has 227 KB; and a tile of weights that is none.
     large = {"BLOCK_N": 128, "SLICES": 1, "BLOCK_K": 512, "num_warps": 8, "num_stages": 4}
-    tile = large if rows > 1 else {"BLOCK_N": 3, "BLOCK_K": 64, "UNROLL": 1, "num_warps": 1}
+    tile = large if rows > 1 else {"BLOCK_N": 3, "BLOCK_K": 64, "num_warps": 1}
     name = tuning.key("linears" if rows == 1 else "skinny linears", rows, 640, 1024, torch.bfloat16)
     forget_launches()
     with tuning.override({name: tile}):

@@ -2,7 +2,7 @@
 
     python -m tests.tuning.compile_candidates sm_90
 
-Of each kernel the candidate that takes most: unrolled into the most steps, or with the largest pipeline. As for
+Of each kernel the candidate that takes most: with the most weights ahead, or the largest pipeline. As for
 `tests.kernels.compile_kernels`, TRITON_INTERPRET must not be set.
 """
 
@@ -24,7 +24,8 @@ MODEL = Model.of(qwen3_config("Qwen3-4B"))._replace(layers=2)
 
 
 def size(config: Config) -> tuple[int, int]:
-    return config.get("UNROLL", 1), config["BLOCK_N"] * config["BLOCK_K"] * config.get("num_stages", 1)
+    tile = config["BLOCK_N"] * config["BLOCK_K"] * config.get("SLICES", 1)
+    return tile * config["AHEAD"] // config["num_warps"], tile * config.get("num_stages", 1)
 
 
 def main() -> None:
