@@ -46,6 +46,7 @@ HALVES: dict[str, Spelling] = {
     "torch.split": lambda x: torch.split(x, HALF, -1),
     "narrow()": lambda x: (x.narrow(-1, 0, HALF), x.narrow(-1, HALF, HALF)),
     "torch.narrow": lambda x: (torch.narrow(x, 3, 0, HALF), torch.narrow(x, 3, start=HALF, length=HALF)),
+    "narrow by keyword": lambda x: tuple(torch.narrow(input=x, dim=3, start=i, length=HALF) for i in (0, HALF)),
 }
 
 
