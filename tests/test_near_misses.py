@@ -261,6 +261,10 @@ def test_an_opaque_norm_is_named(op: Any) -> None:
     [
         ({"mean": lambda s: s.mean(1, keepdim=True)}, "the mean of squares is not over the last dimension"),
         (
+            {"mean": lambda s: torch.mean(input=s, dim=1, keepdim=True)},
+            "the mean of squares is not over the last dimension",
+        ),
+        (
             {"shift": lambda m, eps: m + torch.full((1,), eps)},
             "expected a number (epsilon) added to the mean, got 'full",
         ),
@@ -268,7 +272,7 @@ def test_an_opaque_norm_is_named(op: Any) -> None:
         ({"scale": lambda h, r: (h + 1) * r}, "expected 'h' (to) in norm times 'rsqrt', got 'h_1' (mul) in norm"),
         ({"weigh": lambda w, h: w + h}, "expected 'to_1' times the norm's weight, got 'add_1' (add) in norm"),
     ],
-    ids=["dim", "tensor-eps", "no-eps", "other-value", "add"],
+    ids=["dim", "dim by keyword", "tensor-eps", "no-eps", "other-value", "add"],
 )
 def test_a_norm_with_one_other_step_names_that_step(spelling: Any, reason: str) -> None:
     class Net(nn.Module):
