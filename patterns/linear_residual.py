@@ -16,10 +16,10 @@ from fusepass.linear import Linear, check_linear, find_linear
 def find_residual(out: Node) -> Node | None:
     """The tensor of the same shape that `out`'s one user adds to it; None if there is no such add."""
     for add in out.users:
-        for a, b in operands(add, "add"):
-            same = isinstance(value(b), Tensor) and value(b).shape == value(out).shape and b is not out
-            if a is out and same and len(out.users) == 1:
-                return b
+        for _, other in operands(add, "add"):
+            same = isinstance(value(other), Tensor) and value(other).shape == value(out).shape
+            if same and other is not out and len(out.users) == 1:
+                return other
     return None
 
 

@@ -60,9 +60,9 @@ class NormGatedMLPFusion(Fusion[NormGatedMLPMatch]):
         if down is None:
             return None
         for activated, other in operands(down.x, "mul"):
-            found = activation_of(activated)
-            gate, up = find_linear(found[0]) if found else None, find_linear(other)
-            if found is None or gate is None or up is None or gate.x is not up.x:
+            before, name = activation_of(activated) or (None, "")
+            gate, up = find_linear(before), find_linear(other)
+            if gate is None or up is None or gate.x is not up.x:
                 continue
             norm = find_input_norm(gate.x, (gate, up))
             residual = find_residual(node)
@@ -79,7 +79,7 @@ class NormGatedMLPFusion(Fusion[NormGatedMLPMatch]):
                 gate=gate,
                 up=up,
                 down=down,
-                activation_name=found[1],
+                activation_name=name,
                 residual=residual,
             )
         return None

@@ -14,6 +14,7 @@ The head norms may also stand after the transpose, where they compute the same.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from fusepass.patterns.rms_norm import RMSNorm, check_rms_norm, find_rms_norm
 
 @dataclass(frozen=True)
 class Rope:
-    """x * cos + rotate_half(x) * sin; `nodes` are all but x, cos and sin."""
+    """x * cos + rotate_half(x) * sin; `nodes` are all but cos and sin."""
 
     x: Node
     cos: Node
@@ -55,8 +56,8 @@ def find_rope(out: Any) -> Rope | None:
             for factor, cos in operands(straight, "mul"):
                 if factor is x and isinstance(cos, Node) and isinstance(sin, Node):
                     # `chunk` and `split` have a node of their own between x and its halves.
-                    sources = [half.args[0] for half in (negated, parts[1]) if half.args[0] is not x]
-                    nodes = (*sources, negated, parts[1], parts[0], rotated, straight, turned, out)
+                    sources = (argument(half, 0, "input") for half in (negated, parts[1]))
+                    nodes = (x, *sources, negated, parts[1], parts[0], rotated, straight, turned, out)
                     return Rope(x, cos, sin, out, tuple(dict.fromkeys(nodes)))
     return None
 
@@ -92,24 +93,25 @@ def find_heads(node: Node) -> Heads | None:
     return Heads(linear, norm, before, (linear.out, before, *(norm.nodes if norm else ()), transposed))
 
 
-def _descendants(node: Node, limit: int) -> Iterator[Node]:
-    """Nodes reachable from `node`, nearest first, at most `limit`: a rotated branch has 17."""
+def _descendants(node: Node) -> Iterator[Node]:
+    """Nodes reachable from `node`, nearest first."""
     seen = dict.fromkeys(node.users)
-    for count, found in enumerate(seen_list := list(seen)):
-        if count == limit:
-            return
+    for found in (seen_list := list(seen)):
         yield found
         fresh = [user for user in found.users if user not in seen]
         seen.update(dict.fromkeys(fresh))
         seen_list.extend(fresh)
 
 
+def _near(linear: Linear) -> Iterator[Node]:
+    """The nodes that a rotated branch is looked for in: it has 17, and a model thousands behind each linear layer."""
+    return islice(_descendants(linear.out), 40)
+
+
 def _rotated(linear: Linear) -> tuple[Heads, Rope] | None:
     """The rotated branch that begins at `linear`."""
-    for node in _descendants(linear.out, 40):
-        rope = find_rope(node)
-        heads = find_heads(rope.x) if rope else None
-        if rope and heads and heads.linear.out is linear.out:
+    for node in _near(linear):
+        if (rope := find_rope(node)) and (heads := find_heads(rope.x)) and heads.linear.out is linear.out:
             return heads, rope
     return None
 
@@ -126,7 +128,7 @@ def _plain(linear: Linear) -> Heads | None:
 
 def _seen_as_heads(linear: Linear) -> bool:
     """Whether the next few nodes make heads of `linear`, with no other linear layer (LoRA's second) on the way."""
-    for node in _descendants(linear.out, 4):
+    for node in islice(_descendants(linear.out), 4):
         if is_op(node, "view") and getattr(value(node), "ndim", 0) == 4:
             return True
         if is_op(node, "linear"):
@@ -144,7 +146,7 @@ def _miss(linear: Linear) -> Refused | None:
         reason = f"gated query: {described(parts[0])} takes each head of '{linear.out.name}' apart"
         return Refused("structure", reason, parts[0])
     size = value(reader).shape[-1]
-    for node in _descendants(linear.out, 40):
+    for node in _near(linear):
         rope = find_rope(node)
         if rope and value(rope.x).shape[-1] != size:
             return Refused("rotary", f"partial rotary: {value(rope.x).shape[-1]} of {size}", node)

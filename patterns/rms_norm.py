@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
-from fusepass.graph import described, is_cast, is_op, mean_of_last, operands, rsqrt_of, square_of, value
+from fusepass.graph import argument, described, is_cast, is_op, mean_of_last, operands, rsqrt_of, square_of, value
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _miss(rstd: Node) -> Refused | None:
     """Why the norm that 1/rms seems to belong to is not one, if `rstd` is the rsqrt of a mean of squares."""
     total = rsqrt_of(rstd)
     sides = [*operands(total, "add")] or [(total, None)]
-    means = [(mean, eps) for mean, eps in sides if is_op(mean, "mean") and square_of(mean.args[0]) is not None]
+    means = [(mean, eps) for mean, eps in sides if is_op(mean, "mean") and square_of(argument(mean, 0, "input"))]
     if not means:
         return None
     (mean, eps), *_ = means
@@ -68,7 +68,7 @@ def _miss(rstd: Node) -> Refused | None:
         )
     if mean_of_last(mean) is None:
         return Refused("structure", "the mean of squares is not over the last dimension with keepdim=True", mean)
-    wide, user = square_of(mean.args[0]), next(iter(rstd.users), rstd)
+    wide, user = square_of(argument(mean, 0, "input")), next(iter(rstd.users), rstd)
     if not any(x is wide for x, other in operands(user, "mul") if other is rstd):
         return Refused("structure", f"expected {described(wide)} times '{rstd.name}', got {described(user)}", user)
     while len(user.users) == 1 and is_cast(next(iter(user.users))):

@@ -37,7 +37,7 @@ def _write(cache: Any, projection: Node, index: int, before: Node) -> Node | Non
     if cache.target == "index_copy_":
         cache = cache.args[0]
     for node in cache.users:
-        writes = node.op == "call_method" and node.target == "index_copy_" and node.args[0] is cache and node < before
+        writes = node.target == "index_copy_" and node.args[0] is cache and node < before
         dim, source = argument(node, 1, "dim"), argument(node, 3, "source")
         if writes and dim in (2, -2) and _result_of(source, index) is projection:
             return node

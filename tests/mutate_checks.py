@@ -265,11 +265,13 @@ def what_tests_see(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def who_notices(
     check: Check, others: list[Check], tests: dict[str, dict[str, Any]], known: dict[str, Any]
 ) -> str | None:
-    """The test that fails without `check`; None if none does. `known`: what an earlier run found, or an empty dict."""
+    """The test that fails without `check`; None if none does. `known`: what an earlier run found, or an empty dict.
+    What it found of a source and tests that have changed since is not known any more."""
     inside = {other.key for other in others if check.loop[0] <= other.line <= check.loop[1]} | {check.key}
     candidates = [name for name, test in tests.items() if not inside.isdisjoint(test["saw"])]
     module = check.key.split(":")[0]
-    version = hashlib.sha256(json.dumps([digest(source(module)), sorted(candidates)]).encode()).hexdigest()[:16]
+    files = sorted({ROOT / name.split("::")[0] for name in candidates})
+    version = digest(source(module), *files) + hashlib.sha256(json.dumps(sorted(candidates)).encode()).hexdigest()[:16]
     if known.get("version") == version:
         return known["test"]
     # The one that noticed the last time, then the quickest.

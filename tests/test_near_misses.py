@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import fusepass
 from fusepass.report import CODES, Report, Site
 from tests.models import small_qwen3, static_cache
-from tests.patterns.toys import HEAD_DIM, MLP, Attention, Norm, hidden, tables
+from tests.patterns.toys import BATCH, HEAD_DIM, MLP, SEQ, Attention, Norm, hidden, tables
 
 LAYERS, PROMPT = 2, 17
 CLEAN = {"norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "norm_linear": 1}
@@ -261,6 +261,10 @@ def test_an_opaque_norm_is_named(op: Any) -> None:
     [
         ({"mean": lambda s: s.mean(1, keepdim=True)}, "the mean of squares is not over the last dimension"),
         (
+            {"mean": lambda s: torch.mean(input=s, dim=1, keepdim=True)},
+            "the mean of squares is not over the last dimension",
+        ),
+        (
             {"shift": lambda m, eps: m + torch.full((1,), eps)},
             "expected a number (epsilon) added to the mean, got 'full",
         ),
@@ -268,7 +272,7 @@ def test_an_opaque_norm_is_named(op: Any) -> None:
         ({"scale": lambda h, r: (h + 1) * r}, "expected 'h' (to) in norm times 'rsqrt', got 'h_1' (mul) in norm"),
         ({"weigh": lambda w, h: w + h}, "expected 'to_1' times the norm's weight, got 'add_1' (add) in norm"),
     ],
-    ids=["dim", "tensor-eps", "no-eps", "other-value", "add"],
+    ids=["dim", "dim by keyword", "tensor-eps", "no-eps", "other-value", "add"],
 )
 def test_a_norm_with_one_other_step_names_that_step(spelling: Any, reason: str) -> None:
     class Net(nn.Module):
@@ -326,8 +330,9 @@ def test_attention_of_one_query_with_dropout_is_named(dropout: float, words: str
         lambda x: F.silu(x) * x.sigmoid(),
         lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True, dropout_p=0.5),
         lambda x: F.linear(x, x[0]) * F.linear(x, x[1]) * F.linear(x, x[2]),
+        lambda x: [F.linear(x, rows).sin().cos().tanh().exp().view(BATCH, SEQ, 1, SEQ) for rows in x.unbind()],
     ],
-    ids=["layer-norm", "variance", "l2-norm", "gate-without-linears", "prefill", "linears"],
+    ids=["layer-norm", "variance", "l2-norm", "gate-without-linears", "prefill", "linears", "heads-far-behind"],
 )
 def test_what_only_resembles_a_fusion_is_no_site(function: Callable[[Tensor], Tensor]) -> None:
     assert explained(function, hidden()).sites == []

@@ -143,15 +143,16 @@ def test_a_device_without_kernels_is_refused() -> None:
     refusal(fuse(gm, Options()), "linear_residual", "device", "is on meta; expected a CUDA device")
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+@pytest.mark.parametrize("which", ["weight", "add"])
+def test_tensors_on_two_devices_are_refused(which: str) -> None:
     """No GPU is needed to say that a tensor is on one, to the graph."""
     (gm,) = capture(linear, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
-    weight = next(node for node in gm.graph.nodes if "weight" in node.name)
-    fake = weight.meta["example_value"]
+    tensor = next(node for node in gm.graph.nodes if which in node.name)
+    fake = tensor.meta["example_value"]
     assert isinstance(fake, FakeTensor)
     with fake.fake_mode:
-        weight.meta["example_value"] = torch.empty(fake.shape, device="cuda")
-    refusal(fuse(gm, Options()), "linear_residual", "device", "weight.*on cuda:0, the activation on cpu")
+        tensor.meta["example_value"] = torch.empty(fake.shape, device="cuda")
+    refusal(fuse(gm, Options()), "linear_residual", "device", f"{which}.*on cuda:0, the activation on cpu")
 
 
 # --- autocast ---

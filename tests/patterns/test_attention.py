@@ -105,8 +105,9 @@ def tiled(x: Tensor) -> Tensor:
         (lambda q, k, v: sdpa(q, k, v, is_causal=True), tensors(seq=3)),
         (lambda q, k, v: sdpa(q, k, v), tensors(seq=9)),  # a prompt
         (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), tensors(kv_heads=HEADS)),
+        (torch.addcmul, torch.randn(3, BATCH, HEADS, 1, HEAD_DIM).unbind()),
     ],
-    ids=["causal", "prompt", "no batch"],
+    ids=["causal", "prompt", "no batch", "another function of three tensors"],
 )
 def test_no_sites(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     report, _ = run(attend, *inputs)

@@ -126,6 +126,7 @@ OTHERS: dict[str, tuple[Spelling, int]] = {
     "a new dimension": (lambda h: h[:, None, -2:, :], HIDDEN),
     "a list of rows": (lambda h: h[:, [1, 3], :], HIDDEN),
     "scaled": (lambda h: h[:, -2:, :] * 0.5, HIDDEN),
+    "squared by an op that is given all dimensions": (lambda h: torch.einsum(h, (...,), h, (...,)), HIDDEN),
     "in another layout": (lambda h: h[:, -2:, :].transpose(0, 1), HIDDEN),
 }
 

@@ -46,6 +46,7 @@ HALVES: dict[str, Spelling] = {
     "torch.split": lambda x: torch.split(x, HALF, -1),
     "narrow()": lambda x: (x.narrow(-1, 0, HALF), x.narrow(-1, HALF, HALF)),
     "torch.narrow": lambda x: (torch.narrow(x, 3, 0, HALF), torch.narrow(x, 3, start=HALF, length=HALF)),
+    "narrow by keyword": lambda x: tuple(torch.narrow(input=x, dim=3, start=i, length=HALF) for i in (0, HALF)),
 }
 
 
@@ -225,6 +226,11 @@ NO_ROPE: dict[str, tuple[Spelling, tuple[int, ...], tuple[int, ...]]] = {
         (2, 3, 5, 8),
         (5, 8),
     ),
+    "the negated half changed": (
+        lambda x, cos, sin: x * cos + torch.cat((-x[..., 4:].exp(), x[..., :4]), -1) * sin,
+        (2, 3, 5, 8),
+        (5, 8),
+    ),
     "halves of two tensors": (
         lambda x, cos, sin: x * cos + torch.cat((-x.exp()[..., 4:], x[..., :4]), -1) * sin,
         (2, 3, 5, 8),
@@ -262,6 +268,12 @@ def test_a_view_that_moves_positions_is_no_site(name: str) -> None:
 def test_heads_of_two_dimensions_are_no_site() -> None:
     net = Attention(head_norm=None, view=lambda y, h: y.view(BATCH, SEQ, -1, 2, HALF))
     assert all_fused(run(net, hidden(), *tables(1, 1, SEQ, 1, HALF))[0]) == {"rms_norm": 1}
+
+
+def test_heads_that_are_not_transposed_are_no_site() -> None:
+    """One head and one position: the shapes do not tell."""
+    net = Attention(heads=(1, 1, 1), turn=lambda y: y.clamp(-1, 1))
+    assert all_fused(run(net, hidden()[:, :1], *tables(1, 1, 1, HEAD_DIM))[0]) == {"rms_norm": 3}
 
 
 def test_values_that_weigh_a_norm_are_refused() -> None:
@@ -325,6 +337,13 @@ def query_kept(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Any
     return rope(q, cos, sin), rope(k, cos, sin), v, q.exp()
 
 
+def probed_query(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """Few nodes read the query before its rotation does, but 35 ways lead to five of them."""
+    scaled = [q * i for i in range(7)]
+    probes = [torch.stack(scaled, dim) for dim in range(5)]
+    return rope(q, cos, sin), rope(k, cos, sin), v, probes
+
+
 REFUSED: dict[str, tuple[Attention, tuple[int, ...], str, str]] = {
     "k and v with other numbers of heads": (Attention(heads=(6, 2, 3)), (), "shape", "k has 2 heads and v has 3"),
     "q and k with other tables": (Odd(two_tables), (), "shape", "rotated by different tables"),
@@ -346,6 +365,7 @@ REFUSED: dict[str, tuple[Attention, tuple[int, ...], str, str]] = {
         r"\(240, 40, 8, 1\), the op gives \(240, 8, 48, 1\)",
     ),
     "a query used before its rotation": (Odd(query_kept), (), "extra-user", "has another user: 'exp'"),
+    "a query used many times": (Odd(probed_query), (), "extra-user", "has another user: 'mul"),
 }
 
 
@@ -365,6 +385,14 @@ def test_what_the_op_does_not_compute_is_refused(name: str) -> None:
 )
 def test_a_table_of_more_than_there_are_is_refused(x: Tensor, shape: tuple[int, ...], words: str) -> None:
     refusal(run(Attention(), x, *tables(*shape))[0], "norm_qkv_rope", "shape", words)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_the_one_table_that_does_not_fit_is_named(name: str) -> None:
+    cos, sin = tables()
+    other = torch.randn(1, 1, SEQ, 1)
+    report, _ = run(Attention(), hidden(), *((other, sin) if name == "cos" else (cos, other)))
+    refusal(report, "norm_qkv_rope", "shape", rf"{name}_' is \(1, 1, 5, 1\); expected \[1 or 3, 1, 5, 8\]")
 
 
 def test_an_activation_of_four_dimensions_is_refused() -> None:
@@ -412,3 +440,19 @@ def test_a_norm_that_the_op_does_not_compute_is_refused(name: str) -> None:
         net.norms[name] = Norm(HEAD_DIM, widen=lambda x: x.to(torch.float64))
     report, _ = run(net, hidden(), *tables())
     refusal(report, "norm_qkv_rope", "dtype", "statistics are torch.float64")
+
+
+@pytest.mark.parametrize("name", ["input", "q", "k"])
+def test_a_norm_weight_that_is_written_before_the_tables_exist_is_refused(name: str) -> None:
+    """The op would read it there."""
+
+    class Net(Attention):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            h = self.norm(x)
+            q, k, v = (self.heads(branch, h) for branch in "qkv")
+            (self.norm if name == "input" else self.norms[name]).weight.mul_(2)
+            late = sin + 1
+            return rope(q, cos, late), rope(k, cos, late), v
+
+    report, _ = run(Net(), hidden(), *tables())
+    refusal(report, "norm_qkv_rope", "mutation", "'mul_' writes in place what the region reads")

@@ -121,6 +121,9 @@ OTHERS: dict[str, Norm] = {
     "product of two values": Norm(square=lambda h: h.abs() * h.exp()),
     "scaled epsilon": Norm(eps=0.5, shift=lambda m, eps: torch.add(m, eps, alpha=2)),
     "epsilon is a tensor": Norm(shift=lambda m, eps: m + m.new_full((), 0.5)),
+    "sum, and a keyword of NumPy's": Norm(
+        mean=lambda s: s.sum(-1, keepdim=True), scale=lambda h, r: torch.mul(r, x2=h)
+    ),
     "no epsilon": Norm(shift=lambda m, eps: m),
     "another root": Norm(rsqrt=lambda v: v.pow(-0.25)),
     "square root": Norm(rsqrt=lambda v: v.sqrt()),
