@@ -1,7 +1,9 @@
 """How a token is chosen: as `_sample` of transformers does, by its processors and with its random numbers, but without
 making the host wait, and without sorting the whole vocabulary where top-k leaves little of it."""
 
+import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,32 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fusepass.kernels import KernelUnavailable
+
+log = logging.getLogger(__name__)
+
 OF_LOGITS_ALONE = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """Processors that do the same in every step, so that a CUDA graph may hold them."""
 WARM_UP = 3
 """Choices before one is recorded: a CUDA graph takes longer to make than they take."""
+
+
+def _settings(processors: list[Any]) -> dict[str, Any] | None:
+    """What `sample` takes, if these processors are what it computes: top-k, perhaps with a temperature before and top-p
+    and min-p behind it, in this order."""
+    order = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
+    found: dict[type, Any] = {type(processor): processor for processor in processors}
+    if TopKLogitsWarper not in found or list(map(type, processors)) != [kind for kind in order if kind in found]:
+        return None
+    if any(getattr(processor, "filter_value", -math.inf) != -math.inf for processor in processors):
+        return None
+    temperature, _, top_p, min_p = (found.get(kind) for kind in order)
+    return {
+        "temperature": temperature.temperature if temperature else 1.0,
+        "top_k": found[TopKLogitsWarper].top_k,
+        "top_p": (top_p.top_p, top_p.min_tokens_to_keep) if top_p else None,
+        "min_p": (min_p.min_p, min_p.min_tokens_to_keep) if min_p else None,
+    }
 
 
 class Choice:
@@ -25,8 +49,9 @@ class Choice:
     Top-k and the processors behind it see the likeliest tokens only: some more than k, since top-k keeps all that tie
     with the last. The result tells when even more tie; `widen` then lets every processor see the whole vocabulary.
 
-    On a GPU the some forty kernels of a sampled token are recorded as a CUDA graph, where the processors allow it: one
-    by one they take the host 0.34 ms, as a graph they take an H200 0.13.
+    On a GPU the usual processors, temperature, top-k, top-p and min-p, are three kernels of ours. Where the processors
+    allow it, all that a sampled token takes is recorded as a CUDA graph: the some forty kernels of transformers' own
+    processors take the host 0.34 ms one by one, and an H200 0.13 as a graph.
     """
 
     def __init__(self, processors: LogitsProcessorList, sample: bool) -> None:
@@ -34,6 +59,7 @@ class Choice:
         self.whole, self.few = list(processors), []
         kinds = [type(processor) for processor in processors]
         self.recordable = sample and set(kinds) <= OF_LOGITS_ALONE
+        self.settings = _settings(self.whole) if sample else None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         if sample and TopKLogitsWarper in kinds:
@@ -45,7 +71,7 @@ class Choice:
 
     def widen(self) -> None:
         self.whole, self.few = self.whole + self.few, []
-        self.graph = None
+        self.graph = self.settings = None
 
     def __call__(self, logits: Tensor, tokens: Tensor, out: Tensor) -> Tensor | None:
         """Write the tokens, [B] int64, to `out`. `tokens` [N, B] are those before them.
@@ -80,11 +106,20 @@ class Choice:
 
     def _sampled(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and alarms, each [B], from logits in f32. Nothing here makes the host wait."""
-        for processor in self.whole:
-            logits = processor(tokens.t(), logits)
         # `torch.multinomial` draws one token just so, but makes the host wait to check the probabilities. A row that is
         # nan anywhere is nan everywhere after softmax.
         noise = torch.empty_like(logits).exponential_()
+        if self.settings and logits.is_cuda:
+            from fusepass.kernels.sample import fits, sample  # not before: Triton may be missing
+
+            try:
+                if fits(logits.shape[1], self.settings["top_k"]):
+                    return sample(logits.contiguous(), noise, **self.settings)
+            except KernelUnavailable as fault:
+                log.warning("decode_loop: tokens are chosen in plain torch: %s", fault)
+                self.settings = None
+        for processor in self.whole:
+            logits = processor(tokens.t(), logits)
         if not self.few or logits.shape[1] <= (room := 2 * self.few[0].top_k + 64):
             for processor in self.few:
                 logits = processor(tokens.t(), logits)

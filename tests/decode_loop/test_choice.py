@@ -1,5 +1,8 @@
 """Tokens are chosen as `torch.multinomial` does after the same processors."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusepass.decoding.choice import Choice
+from fusepass.decoding.choice import Choice, _settings
+from fusepass.kernels import KernelUnavailable
+from fusepass.kernels.sample import fits, sample
+from tests.ops.gate import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROCESSORS: list[list[LogitsProcessor]] = [
@@ -67,6 +73,114 @@ def test_a_choice_of_too_few_among_ties_says_so_and_a_wide_one_is_right() -> Non
     assert torch.equal(got, want)
     assert alarm is not None
     assert torch.isfinite(alarm).all()
+
+
+SETTINGS: list[list[LogitsProcessor]] = [
+    [TopKLogitsWarper(1)],
+    [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20), TopPLogitsWarper(0.95)],
+    [TopKLogitsWarper(5), MinPLogitsWarper(0.1)],
+    [
+        TemperatureLogitsWarper(1.5),
+        TopKLogitsWarper(128),
+        TopPLogitsWarper(0.3, min_tokens_to_keep=4),
+        MinPLogitsWarper(0.5, min_tokens_to_keep=2),
+    ],
+]
+
+
+def sampled(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernels choose, in Triton's interpreter on a CPU."""
+    settings = _settings(processors)
+    assert settings is not None
+    assert fits(logits.shape[1], settings["top_k"])
+    with poisoned():
+        return sample(logits, noise, **settings)
+
+
+def wanted(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) -> Tensor:
+    scores = LogitsProcessorList(processors)(
+        torch.zeros(len(logits), 3, dtype=torch.long, device=logits.device), logits
+    )
+    return torch.argmax(torch.softmax(scores, -1) / noise, -1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("processors", SETTINGS)
+def test_the_kernels_choose_what_the_processors_leave_and_multinomial_draws(
+    processors: list[LogitsProcessor], device: str
+) -> None:
+    settings = _settings(processors)
+    assert settings is not None
+    for vocabulary in [151_936, 512 * settings["top_k"] + 77] * 20 if device == "cuda" else [512 * settings["top_k"]]:
+        logits = torch.randn(2, vocabulary, device=device) * 3
+        if device == "cuda":  # on a CPU, `torch.sort` leaves it open which of the tokens that tie top-p drops
+            logits = logits.mul(8).round().div(8)
+        noise = torch.empty_like(logits).exponential_()
+        got, alarm = sampled(processors, logits, noise)
+        assert torch.equal(got, wanted(processors, logits, noise))
+        assert torch.isfinite(alarm).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_kernels_tell_where_there_is_no_distribution_or_too_many_tie(device: str) -> None:
+    logits = torch.randn(6, 20_000, device=device)
+    logits[1, 7000] = math.nan
+    logits[2, 19_999] = math.inf
+    logits[3] = -math.inf
+    logits[4] = 0.0
+    logits[5, 30:] = -math.inf  # fewer than k: all of them are kept
+    noise = torch.empty_like(logits).exponential_()
+    got, alarm = sampled(SETTINGS[1], logits, noise)
+    assert torch.isnan(alarm).tolist() == [False, True, True, True, False, False]
+    assert torch.isinf(alarm).tolist() == [False, False, False, False, True, False]
+    assert ((got >= 0) & (got < 20_000)).all(), "tokens that the forward can take, whatever the host learns later"
+    kept = torch.tensor([0, 5], device=device)
+    assert torch.equal(got[kept], wanted(SETTINGS[1], logits[kept], noise[kept]))
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        [],
+        [TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.9)],
+        [TopKLogitsWarper(20), TemperatureLogitsWarper(0.6)],
+        [TopPLogitsWarper(0.9), TopKLogitsWarper(20)],
+        [TopKLogitsWarper(20), TopKLogitsWarper(5)],
+        [TopKLogitsWarper(20, filter_value=-1e4)],
+        [TopKLogitsWarper(20), RepetitionPenaltyLogitsProcessor(3.0)],
+    ],
+)
+def test_other_processors_are_not_taken_for_those_of_the_kernels(processors: list[LogitsProcessor]) -> None:
+    assert _settings(processors) is None
+
+
+def test_a_vocabulary_of_few_chunks_or_a_large_k_is_left_to_torch() -> None:
+    assert fits(151_936, 128)
+    assert not fits(151_936, 129)
+    assert not fits(2_000, 20)
+    assert not fits(1 << 22, 20)
+
+
+@pytest.mark.gpu
+def test_kernels_that_can_not_be_made_leave_the_choice_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unavailable(*_: Any, **__: Any) -> None:
+        raise KernelUnavailable("no shared memory")
+
+    logits = torch.randn(3, 50_000, device="cuda")
+    torch.manual_seed(3)
+    want, _ = choose(Choice(LogitsProcessorList(SETTINGS[1]), sample=True), logits)
+    monkeypatch.setattr("fusepass.kernels.sample.run", unavailable)
+    choice = Choice(LogitsProcessorList(SETTINGS[1]), sample=True)
+    with caplog.at_level("WARNING", "fusepass"):
+        torch.manual_seed(3)
+        got, _ = choose(choice, logits)
+        choose(choice, logits)
+    assert torch.equal(got, want)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decode_loop: tokens are chosen in plain torch: no shared memory"
+    ]
 
 
 @pytest.mark.gpu
