@@ -83,7 +83,7 @@ class AttentionFusion(Fusion[AttentionMatch]):
         # Under dynamic=True a cache has as many heads as some symbol says, which Dynamo has long specialised.
         heads, kv_heads, size = int(value(q).shape[1]), int(value(k).shape[1]), int(value(q).shape[3])
         tokens = value(q).shape[2]
-        if heads % kv_heads:
+        if kv_heads == 0 or heads % kv_heads:
             return None
         if isinstance(tokens, int) and tokens * (heads // kv_heads) > ops.attention.ROWS_LIMIT:
             return None

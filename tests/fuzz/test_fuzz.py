@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from fusepass import validity
@@ -29,7 +29,12 @@ def fuzz(count: int, strategy: st.SearchStrategy[Plan]) -> Counter[str]:
         deadline=None,
         print_blob=True,
         suppress_health_check=[*HealthCheck],
-        phases=[Phase.reuse, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    )
+    @example(
+        Plan(
+            parts=("attention",), spelling={"attend": "repeat_interleave"}, heads=(2, 4, 4), cache="static", mask="bool"
+        )
     )
     @given(strategy)
     def one(plan: Plan) -> None:

@@ -165,6 +165,12 @@ def test_one_query_head_for_many_key_heads_is_no_site() -> None:
     assert run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q[:, :1], k, v)[0].sites == []
 
 
+def test_keys_without_heads_are_no_site() -> None:
+    """`repeat_interleave` with half as many query heads as K/V heads, say: it repeats each no time."""
+    q, k, v = tensors(kv_heads=0)
+    assert run(lambda q, k, v: F.scaled_dot_product_attention(q[:, :1], k, v), q, k, v)[0].sites == []
+
+
 def test_keys_of_one_batch_for_all_queries_are_refused() -> None:
     q, k, v = tensors(kv_heads=HEADS)
     report, _ = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k[:1], v[:1])
