@@ -47,7 +47,7 @@ class Choice:
     """The choice of the next token of each row from logits [B, V], by the processors that `generate` prepared.
 
     Top-k and the processors behind it see the likeliest tokens only: some more than k, since top-k keeps all that tie
-    with the last. The result tells when even more tie; `widen` then lets every processor see the whole vocabulary.
+    with the last. The result tells when even more tie; `widen` then lets the processors see more, in the end all.
 
     On a GPU the usual processors, temperature, top-k, top-p and min-p, are three kernels of ours. Where the processors
     allow it, all that a sampled token takes is recorded as a CUDA graph: the some forty kernels of transformers' own
@@ -70,8 +70,11 @@ class Choice:
                 self.whole, self.few = self.whole[:top_k], self.whole[top_k:]
 
     def widen(self) -> None:
-        self.whole, self.few = self.whole + self.few, []
-        self.graph = self.settings = None
+        if self.settings:  # our kernels have room for fewer ties than torch takes
+            self.settings = None
+        else:
+            self.whole, self.few = self.whole + self.few, []
+        self.graph = None
 
     def __call__(self, logits: Tensor, tokens: Tensor, out: Tensor) -> Tensor | None:
         """Write the tokens, [B] int64, to `out`. `tokens` [N, B] are those before them.
@@ -104,20 +107,26 @@ class Choice:
             self.chosen, self.alarm = self._sampled(self.static, tokens)
         return graph
 
+    def _by_kernels(self, logits: Tensor, noise: Tensor, top_k: int, **settings: Any) -> tuple[Tensor, Tensor] | None:
+        """What our kernels choose; None, from now on, if they can not."""
+        try:
+            if logits.is_cuda:
+                from fusepass.kernels.sample import fits, sample  # not before: Triton may be missing
+
+                if fits(len(logits), logits.shape[1], top_k):
+                    return sample(logits.contiguous(), noise, top_k=top_k, **settings)
+        except (ImportError, KernelUnavailable) as fault:
+            log.warning("decode_loop: tokens are chosen in plain torch: %s", fault)
+        self.settings = None
+        return None
+
     def _sampled(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and alarms, each [B], from logits in f32. Nothing here makes the host wait."""
         # `torch.multinomial` draws one token just so, but makes the host wait to check the probabilities. A row that is
         # nan anywhere is nan everywhere after softmax.
         noise = torch.empty_like(logits).exponential_()
-        if self.settings and logits.is_cuda:
-            from fusepass.kernels.sample import fits, sample  # not before: Triton may be missing
-
-            try:
-                if fits(logits.shape[1], self.settings["top_k"]):
-                    return sample(logits.contiguous(), noise, **self.settings)
-            except KernelUnavailable as fault:
-                log.warning("decode_loop: tokens are chosen in plain torch: %s", fault)
-                self.settings = None
+        if self.settings and (sampled := self._by_kernels(logits, noise, **self.settings)):
+            return sampled
         for processor in self.whole:
             logits = processor(tokens.t(), logits)
         if not self.few or logits.shape[1] <= (room := 2 * self.few[0].top_k + 64):

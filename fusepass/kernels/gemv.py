@@ -205,10 +205,9 @@ def gated_rows_kernel(
 
 
 def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes and warps: measured ones if there are, else safe ones. One row: 2-4 features a program with as much
-    of K as registers hold were 10-20 % faster on an H200 than larger tiles; more rows need accumulators for each, so
-    their tiles are smaller. AHEAD: tiles of weights that are asked for before they are needed. HELD: whether registers
-    hold all activations, so that they are read once for the norm's statistics and for the product."""
+    """Block sizes and warps: measured ones if there are, else safe ones. AHEAD: tiles of weights that are asked for
+    before they are needed. HELD: whether registers hold all activations (and the weight of the norm), so that they are
+    read once for the norm's statistics and for the product."""
     config = {"AHEAD": 1, **(tuning.lookup(kernel, m, n, k, dtype) or _safe_config(kernel, m, n, k, dtype))}
     tile_k, threads = config["BLOCK_K"], 32 * config["num_warps"]
     config["AHEAD"] = min(config["AHEAD"], cdiv(k, tile_k))
@@ -218,12 +217,16 @@ def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str
 
 
 def _safe_config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+    """One row: 2-4 features a program with as much of K as registers hold were 10-20 % faster on an H200 than larger
+    tiles. More rows need accumulators for each, and a long K its activations: their tiles are smaller."""
     if interpreted():
         return {"BLOCK_N": interpreter_block_n(n), "BLOCK_K": block_k(k, 1024), "num_warps": 1}
-    tile_n, tile_k = 2 if m == 2 else 1, 1024
+    tile_n, tile_k = 1, 1024
     if m == 1:
         tile_n = 4 if kernel == "linears" and n >= 4096 and k <= 4096 else 2  # a walk with 4 spills on a B200
         tile_k = (2048 if k < 4096 else 4096) * 2 // dtype.itemsize
+    elif m == 2 and k <= 8192:
+        tile_n = 2
     # The walk along K is unrolled: not more than 16 steps.
     return {"BLOCK_N": tile_n, "BLOCK_K": block_k(k, max(tile_k, next_power_of_2(cdiv(k, 16)))), "num_warps": 4}
 

@@ -28,7 +28,7 @@ def _load(logits_ptr, row, V, inverse_temperature, TILE: tl.constexpr):
     """Numbers of a program's tile of a row, in f32, and where in the row they are."""
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     x = tl.load(logits_ptr + row.to(tl.int64) * V + at, at < V, other=float("-inf"))
-    return x.to(tl.float32) * inverse_temperature, at
+    return x.to(tl.float32) * inverse_temperature + 0.0, at  # -0.0 + 0.0 is 0.0, which ties with it
 
 
 @triton.jit
@@ -105,8 +105,8 @@ def draw_kernel(
     probability = weight / tl.sum(weight)
     noise = tl.load(noise_ptr + row.to(tl.int64) * V + index, weight > 0.0, other=1.0)
     score = tl.where(weight > 0.0, probability / noise, -1.0)
-    chosen = tl.max(tl.where(score == tl.max(score), index, 0))
-    tl.store(chosen_ptr + row, chosen.to(tl.int64))
+    chosen = tl.min(tl.where(score == tl.max(score), index, V))
+    tl.store(chosen_ptr + row, tl.where(chosen < V, chosen, 0).to(tl.int64))  # nan equals nothing
     alarm = tl.sum(tl.where(i == 0, probability, 0.0))
     alarm = tl.where(count > ROOM, float("inf"), alarm)
     tl.store(alarm_ptr + row, tl.where(tl.max((maxima != maxima).to(tl.int32)) > 0, float("nan"), alarm))
@@ -116,9 +116,11 @@ def _chunk(vocabulary: int) -> int:
     return max(256, next_power_of_2(cdiv(vocabulary, _CHUNKS)))
 
 
-def fits(vocabulary: int, top_k: int) -> bool:
-    """Whether these kernels take logits of this many tokens: top-k is small, and there are many more chunks."""
-    return top_k <= MOST_K and 2 * top_k <= cdiv(vocabulary, _chunk(vocabulary)) and _chunk(vocabulary) <= _TILE
+def fits(batch: int, vocabulary: int, top_k: int) -> bool:
+    """Whether these kernels take logits of this shape: top-k is small, there are many more chunks, and a grid's second
+    dimension has room for the rows."""
+    chunk = _chunk(vocabulary)
+    return batch < 1 << 16 and top_k <= MOST_K and 2 * top_k <= cdiv(vocabulary, chunk) and chunk <= _TILE
 
 
 def sample(
@@ -131,10 +133,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """The tokens, [B] int64, that maximise probability / noise among those that top-k, then top-p, then min-p leave of
     logits / temperature; and alarms, [B] f32: nan where some logit is nan or all are -inf, infinite where more than
-    `ROOM` tokens are as likely as the k-th, so that the token may be wrong.
+    `ROOM` tokens reach the k-th largest of the chunks' maxima, so that the token may be wrong.
 
     logits: [B, V] contiguous; noise: [B, V] f32, exponentially distributed (`torch.multinomial` draws so); top_p and
-    min_p: the threshold, and how many tokens stay whatever it is. `fits(V, top_k)` holds.
+    min_p: the threshold, and how many tokens stay whatever it is. `fits(B, V, top_k)` holds.
     """
     batch, vocabulary = logits.shape
     chunk = _chunk(vocabulary)
@@ -143,7 +145,7 @@ def sample(
     indices = torch.empty(batch, ROOM, dtype=torch.int32, device=logits.device)
     count, chosen = indices.new_empty(batch), torch.empty(batch, dtype=torch.int64, device=logits.device)
     # On a GPU, PyTorch divides by a number so.
-    inverse = float(1 / torch.tensor(temperature, dtype=torch.float32))
+    inverse = float(1 / torch.tensor(temperature, dtype=torch.float32, device="cpu"))
     options = pdl_options(False)
     run(
         maxima_kernel, (tiles, batch),

@@ -123,7 +123,7 @@ def linear_skinny_kernel(
     """y_i = norm(x) @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
 
     x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. norm, biases, w1, w2 and residual may be None. There
-    is a norm only where one tile holds K.
+    is a norm only where registers hold all activations (AHEAD > 0).
     """
     begin(PDL, EARLY)
     block = tl.program_id(0)
@@ -228,7 +228,7 @@ def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str
     block_m = max(8, next_power_of_2(m))
     config = tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype) or _safe_config(block_m, n, dtype)
     steps = cdiv(k, config["SLICES"] * config["BLOCK_K"])
-    return {"BLOCK_M": block_m, **config, "AHEAD": min(config.get("AHEAD", steps == 1), steps)}
+    return {"BLOCK_M": block_m, **config, "AHEAD": min(config.get("AHEAD", int(steps == 1)), steps)}
 
 
 def _safe_config(block_m: int, n: int, dtype: torch.dtype) -> dict[str, int]:

@@ -39,19 +39,32 @@ def user_table() -> Path:
     return Path(platformdirs.user_cache_dir("fusepass")) / "tuning" / f"{slug()}.json"
 
 
+_NEEDED = {"BLOCK_N", "BLOCK_K", "num_warps"}
+_MOST_TILES = 64
+"""Of K in a walk that is unrolled: 96 take 4 s to compile, 384 two minutes."""
+
+
 def _usable(name: str, config: object) -> bool:
     """Whether `config` may be that of the launch `name`: at worst it is slow or does not compile."""
-    if not isinstance(config, dict) or not (parsed := re.fullmatch(r"(skinny )?\w+ m(\d+) n\d+ k\d+ \w+", name)):
+    if not isinstance(config, dict) or not (parsed := re.fullmatch(r"(skinny )?\w+ m(\d+) n\d+ k(\d+) \w+", name)):
         return False
     if not all(type(setting) is int for setting in config.values()):
         return False
-    needed, rows = ["BLOCK_N", "BLOCK_K", "num_warps"] + ["SLICES"] * bool(parsed[1]), int(parsed[2])
+    skinny, rows, k = bool(parsed[1]), int(parsed[2]), int(parsed[3])
+    needed = _NEEDED | {"SLICES"} if skinny else _NEEDED
+    known = needed | {"AHEAD"} | ({"BLOCK_M", "num_stages"} if skinny else set())
+    if not config.keys() <= known or any(config.get(size, 0) <= 0 for size in needed) or config.get("AHEAD", 0) < 0:
+        return False
+    unrolled = not skinny or config.get("AHEAD", 0) > 0
+    if unrolled and k > _MOST_TILES * config["BLOCK_K"] * config.get("SLICES", 1):
+        return False
     # A BLOCK_M of fewer rows would leave some out.
-    return all(config.get(size, 0) > 0 for size in needed) and config.get("BLOCK_M", rows) == rows
+    return bool(config.get("BLOCK_M", rows) == rows)
 
 
 def read(path: Path) -> dict[str, Config]:
-    """The table at `path`, {} if there is none. Raises OSError, or ValueError if it is no table; both name the file."""
+    """The table at `path`, {} if there is none. Entries that no kernel takes, of an older release say, are left out,
+    with a warning. Raises OSError, or ValueError if it is no table; both name the file."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -60,10 +73,10 @@ def read(path: Path) -> dict[str, Config]:
         raise ValueError(f"{path} is no table of launch configs: {fault}") from fault
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no table of launch configs: expected an object")
-    for name, config in found.items():
-        if not _usable(name, config):
-            raise ValueError(f"{path} is no table of launch configs: '{name}' is {config}")
-    return found
+    usable = {name: config for name, config in found.items() if _usable(name, config)}
+    if strange := [f"'{name}' is {config}" for name, config in found.items() if name not in usable]:
+        log.warning("%d launch configs are ignored, which no kernel takes: in %s, %s", len(strange), path, strange[0])
+    return usable
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def _rows(problem: Problem) -> Iterator[Config]:
 
 def _skinny(problem: Problem) -> Iterator[Config]:
     """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, or loaded ahead into
-    registers, up to as many as leave a thread half of them. Not fewer programs than a third of an H200's
+    registers, up to as many as leave a thread half of them. Not fewer than 40 programs for an H200's 132
     multiprocessors, and the smallest tiles only where larger ones would leave multiprocessors idle."""
     m, matrices = problem.m, problem.matrices
     for n, slices, k, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):

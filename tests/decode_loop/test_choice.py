@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -92,15 +93,16 @@ def sampled(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) ->
     """What the kernels choose, in Triton's interpreter on a CPU."""
     settings = _settings(processors)
     assert settings is not None
-    assert fits(logits.shape[1], settings["top_k"])
+    assert fits(len(logits), logits.shape[1], settings["top_k"])
     with poisoned():
         return sample(logits, noise, **settings)
 
 
 def wanted(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) -> Tensor:
-    scores = LogitsProcessorList(processors)(
-        torch.zeros(len(logits), 3, dtype=torch.long, device=logits.device), logits
-    )
+    """Which of the tokens that tie top-p drops is open on a CPU: `torch.sort` is made stable, as it is on a GPU."""
+    tokens, sort = torch.zeros(len(logits), 3, dtype=torch.long, device=logits.device), torch.sort
+    with mock.patch("torch.sort", lambda *args, **kwargs: sort(*args, **kwargs, stable=True)):
+        scores = LogitsProcessorList(processors)(tokens, logits)
     return torch.argmax(torch.softmax(scores, -1) / noise, -1)
 
 
@@ -112,9 +114,7 @@ def test_the_kernels_choose_what_the_processors_leave_and_multinomial_draws(
     settings = _settings(processors)
     assert settings is not None
     for vocabulary in [151_936, 512 * settings["top_k"] + 77] * 20 if device == "cuda" else [512 * settings["top_k"]]:
-        logits = torch.randn(2, vocabulary, device=device) * 3
-        if device == "cuda":  # on a CPU, `torch.sort` leaves it open which of the tokens that tie top-p drops
-            logits = logits.mul(8).round().div(8)
+        logits = torch.randn(2, vocabulary, device=device).mul(3 * 8).round().div(8)  # 0.0 and -0.0 tie, too
         noise = torch.empty_like(logits).exponential_()
         got, alarm = sampled(processors, logits, noise)
         assert torch.equal(got, wanted(processors, logits, noise))
@@ -155,10 +155,11 @@ def test_other_processors_are_not_taken_for_those_of_the_kernels(processors: lis
 
 
 def test_a_vocabulary_of_few_chunks_or_a_large_k_is_left_to_torch() -> None:
-    assert fits(151_936, 128)
-    assert not fits(151_936, 129)
-    assert not fits(2_000, 20)
-    assert not fits(1 << 22, 20)
+    assert fits(1, 151_936, 128)
+    assert not fits(1, 151_936, 129)
+    assert not fits(1, 2_000, 20)
+    assert not fits(1, 1 << 22, 20)
+    assert not fits(1 << 16, 151_936, 20)
 
 
 @pytest.mark.gpu
@@ -181,6 +182,43 @@ def test_kernels_that_can_not_be_made_leave_the_choice_to_torch(
     assert [record.getMessage() for record in caplog.records] == [
         "decode_loop: tokens are chosen in plain torch: no shared memory"
     ]
+
+
+@pytest.mark.gpu
+def test_a_replayed_choice_is_multinomials_for_each_new_logits() -> None:
+    processors = LogitsProcessorList(SETTINGS[1])
+    choice = Choice(processors, sample=True)
+    for seed in range(12):
+        logits = torch.randn(3, 50_000, device="cuda") * 2
+        torch.manual_seed(seed)
+        want = torch.multinomial(torch.softmax(processors(torch.zeros(3, 3, device="cuda").long(), logits), -1), 1)
+        torch.manual_seed(seed)
+        got, alarm = choose(choice, logits)
+        assert torch.equal(got, want.squeeze(1))
+        assert alarm is not None
+        assert torch.isfinite(alarm).all()
+    assert choice.graph is not None
+    assert choice.settings is not None
+
+
+@pytest.mark.gpu
+def test_a_choice_among_more_than_the_kernels_have_room_for_is_torchs_and_then_of_all() -> None:
+    processors = LogitsProcessorList(SETTINGS[1])
+    choice = Choice(processors, sample=True)
+    logits = torch.randn(2, 50_000, device="cuda")
+    logits[:, :2000] += 20  # in 8 chunks, fewer than k: the bound lies below all of them
+    for tries in (1, 0):
+        torch.manual_seed(1)
+        got, alarm = choose(choice, logits)
+        assert alarm is not None
+        assert torch.isinf(alarm).all() == bool(tries)
+        assert bool(choice.settings) == bool(tries)
+        if tries:
+            choice.widen()
+            assert choice.few, "top-k still spares the others the whole vocabulary"
+    torch.manual_seed(1)
+    want = torch.multinomial(torch.softmax(processors(torch.zeros(2, 3, device="cuda").long(), logits), -1), 1)
+    assert torch.equal(got, want.squeeze(1))
 
 
 @pytest.mark.gpu

@@ -30,6 +30,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from fusepass import kernels
+from fusepass.kernels.sample import sample
 from fusepass.ops import OPS, force_strategy
 from fusepass.ops.library import ROWS_LIMIT, SKINNY_LIMIT, Strategy
 
@@ -52,6 +53,7 @@ MODELS = {
     "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072),
     "Qwen3-4B": Model(2560, 32, 8, 128, 9728),
     "Qwen3-8B": Model(4096, 32, 8, 128, 12288),
+    "Llama-3-70B": Model(8192, 64, 8, 128, 28672, qk_norm=False),
     "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, qk_norm=False, qkv_bias=True),
     "Phi-3-mini": Model(3072, 32, 32, 96, 8192, qk_norm=False),
     "Gemma-3-1B": Model(1152, 4, 1, 256, 6912, activation="gelu_tanh"),
@@ -85,6 +87,8 @@ def quick_cases() -> Iterator[Case]:
     for (model, dtype, high), step in itertools.product(kinds, steps):
         yield Case(model, dtype, *step, high)
     yield Case("Phi-3-mini", torch.float16, "library", 1, 128)  # for its heads of 96
+    for batch in (1, 2):
+        yield Case("Llama-3-70B", torch.bfloat16, "rows", batch, 1)  # a long K
 
 
 def all_cases() -> Iterator[Case]:
@@ -154,6 +158,10 @@ def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
         for name, op in OPS.items():
             op.overload(*arguments[name])  # on meta tensors, this only checks the arguments
             op.launch(*arguments[name])
+        if case.strategy == "rows":  # no op's: the choice of a token, for vocabularies of two kinds of chunks
+            for vocabulary, least in ((50_257, None), (300_000, (0.1, 1))):
+                logits = torch.empty(case.batch, vocabulary, device="meta")
+                sample(logits, logits, 0.7, 20, least and (0.95, 1), least)
     return launched
 
 

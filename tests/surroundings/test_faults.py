@@ -222,6 +222,9 @@ def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         "{", "", "[]", "3", "\xff", json.dumps({NAME: [1]}), json.dumps({NAME: {**FINE, "BLOCK_N": 0}}),
         json.dumps({NAME: {**FINE, "BLOCK_N": "2"}}), json.dumps({NAME: {**FINE, "BLOCK_K": 1.5}}),
         json.dumps({NAME: {"BLOCK_N": 2}}), json.dumps({"no launch": FINE}), json.dumps({"skinny " + NAME: FINE}),
+        json.dumps({NAME: {**FINE, "UNROLL": 4}}), json.dumps({NAME: {**FINE, "num_stages": 3}}),
+        json.dumps({NAME: {**FINE, "AHEAD": -1}}),
+        json.dumps({"linears m1 n8 k9000 float32": {**FINE, "BLOCK_K": 128}}),
         json.dumps({"skinny linears m64 n8 k8 float32": {**FINE, "SLICES": 1, "BLOCK_M": 8}}),
     ],
 )  # fmt: skip
@@ -233,8 +236,20 @@ def test_a_corrupt_table_of_the_user_is_ignored_with_one_warning(
     for _ in range(2):
         assert tuning.table() == shipped != {}
     (warning,) = caplog.messages
-    assert "this user's launch configs are ignored" in warning
+    assert "launch configs are ignored" in warning
     assert str(user_table) in warning
+
+
+def test_one_strange_entry_leaves_the_others_of_a_users_table(
+    user_table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a release that had another setting."""
+    user_table.write_text(json.dumps({NAME: FINE, NAME.replace("n40", "n48"): {**FINE, "UNROLL": 4}}))
+    assert tuning.lookup("linears", 1, 40, 64, torch.float32) == FINE
+    assert tuning.lookup("linears", 1, 48, 64, torch.float32) is None
+    (warning,) = caplog.messages
+    assert "1 launch configs are ignored, which no kernel takes" in warning
+    assert "UNROLL" in warning
 
 
 def test_a_table_that_can_not_be_read_is_ignored_with_one_warning(
@@ -247,7 +262,7 @@ def test_a_table_that_can_not_be_read_is_ignored_with_one_warning(
 
 @pytest.mark.parametrize("path", Path(tuning.__file__).parent.glob("*.json"), ids=lambda path: path.stem)
 def test_the_shipped_tables_can_be_read(path: Path) -> None:
-    assert tuning.read(path)
+    assert tuning.read(path) == json.loads(path.read_text()) != {}
 
 
 def test_a_table_of_the_user_goes_before_the_shipped_one(user_table: Path, caplog: pytest.LogCaptureFixture) -> None:
