@@ -54,8 +54,10 @@ def _build(name: str, batch: int, cache: int | None) -> tuple[Any, dict[str, Any
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
-    if name.endswith(".json") and not Path(name).is_file():
-        fail(f"no file {name}")
+    # A hub name is owner/name; transformers takes what is no folder for one.
+    is_path = name.endswith(".json") or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        fail(f"no file or folder {name}")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as fault:

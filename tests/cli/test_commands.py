@@ -49,7 +49,12 @@ def test_a_model_with_nothing_to_fuse_is_said_to_have_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("no/such.json", "no file no/such.json"), ("no-such-model", "no configuration of 'no-such-model'")],
+    [
+        ("no/such.json", "no file or folder no/such.json"),
+        ("/no/such/folder", "no file or folder /no/such/folder"),
+        ("./no", "no file or folder ./no"),
+        ("no-such-model", "no configuration of 'no-such-model'"),
+    ],
 )
 def test_a_wrong_name_is_one_line(name: str, text: str) -> None:
     done = run("explain", name)
