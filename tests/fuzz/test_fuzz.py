@@ -64,6 +64,13 @@ def test_the_kernels_compute_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["fused"] > 0.1 * seen["run"] > 0
 
 
+def test_a_plan_that_eager_refuses_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view, in halves, of a mean over everything: an IndexError."""
+    monkeypatch.setenv("FUSEPASS_CPU", "reference")
+    deeds = (("q_norm mean", "a view returned"),)
+    assert judge(Plan(parts=("attention",), spelling={"mean": "everything"}, deeds=deeds)) is None
+
+
 WRITTEN = Plan(parts=("mlp",), deeds=(("act", "write down"),))
 
 
