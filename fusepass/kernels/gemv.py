@@ -6,7 +6,7 @@ the bytes, and those loads hide the latency of the rest. Weights are read with `
 in this step.
 
 Tiles and rows are tuples, walked by loops that the compiler unrolls: several tiles are on their way at once, each in a
-register of its own, whatever K is. Qwen3-1.7B's step on an H200: 627 us with one tile on its way in a loop, 580 so.
+register of its own, whatever K is. Layers and head of Qwen3-1.7B (15 layers) on H200s: 613 us in a loop, 580 so.
 """
 
 from collections.abc import Sequence
