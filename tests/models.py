@@ -16,7 +16,8 @@ def small_qwen3(
     layers: int = 2, dtype: torch.dtype = torch.float32, family: str = "qwen3", **changes: Any
 ) -> PreTrainedModel:
     """A Qwen3, or a model of another family: head_dim independent of hidden / heads, grouped heads, and norm weights
-    far from one."""
+    far from one, with an outlier in the k_norm of the first layer. In both layers it would amplify its own rounding:
+    one row then held up to 97 % of the squared error of 96, and the gate's ratio hung on how that row was rounded."""
     config = dict(
         vocab_size=152,
         hidden_size=56,
@@ -31,7 +32,7 @@ def small_qwen3(
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.3, 3.0)
-        if "k_norm" in name:
+        if "layers.0." in name and "k_norm" in name:
             parameter.data[0] = 96.5
     return model.eval().requires_grad_(False)
 
