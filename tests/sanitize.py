@@ -1,4 +1,4 @@
-"""Every op at odd sizes and two decode steps of a model, without CUDA graphs: a program for compute-sanitizer.
+"""For compute-sanitizer: every op at odd sizes, two decode steps of a model, and sampled tokens, without CUDA graphs.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.sanitize
 
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 import fusepass
+from fusepass.kernels import sample as sampling
 from tests.decoding import DEVICE, decode, decoder, draw_tokens, fill
 from tests.models import static_cache
 from tests.ops.sites import SITES, as_tuple, sample
@@ -53,10 +54,20 @@ def run_a_model() -> None:
     assert {site.fused for report in fusepass.reports() for site in report.sites} == {True}
 
 
+def run_sampling() -> None:
+    """Of a vocabulary that is no multiple of a tile; in the last row more numbers are equal than there is room for."""
+    logits = torch.randn(3, 5003, device=DEVICE)
+    logits[2, 7 : 7 + 2 * sampling.ROOM] = 9.0
+    tokens, alarm = sampling.sample(logits, torch.rand_like(logits) + 0.1, 0.7, 9, (0.9, 1), (0.05, 1))
+    assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
+    assert alarm.isinf().tolist() == [False, False, True]
+
+
 @torch.no_grad()
 def main() -> None:
     run_every_op()
     run_a_model()
+    run_sampling()
 
 
 if __name__ == "__main__":
