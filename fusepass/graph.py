@@ -7,6 +7,7 @@ method, function or operator; either operand order. What a tensor is (shape, dty
 
 import operator
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def is_view(node: Node) -> bool:
 
 
 def mutated(node: Node) -> list[Node]:
-    """The tensors that `node` writes in place. A higher-order op may write any of its arguments."""
+    """The tensors that `node` writes in place. A higher-order op and a user's own function may write any of theirs."""
     if node.op not in ("call_function", "call_method"):
         return []
     target = node.target
@@ -197,13 +198,16 @@ def mutated(node: Node) -> list[Node]:
             written.append(first)
     elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         written += _written_by_schema(node)
-    elif isinstance(target, torch._ops.HigherOrderOperator) or _updates_statistics(node):
+    elif isinstance(target, torch._ops.HigherOrderOperator) or _updates_statistics(node) or _is_opaque(target):
         written += node.all_input_nodes
+    elif target in _EMBEDDINGS:
+        written += [argument(node, 1, "weight")] if argument(node, 3, "max_norm") is not None else []
     elif target is operator.setitem or target in _IN_PLACE_OPERATORS:
         written.append(first)
     elif getattr(target, "__module__", "") != "_operator":  # `operator.and_` writes nothing
         name = getattr(target, "__name__", "")
-        written += [first] if name.endswith("_") and not name.endswith("__") else []
+        # `torch._fused_sgd_` writes more than its first argument.
+        written += node.all_input_nodes if name.endswith("_") and not name.endswith("__") else []
     # `F.relu(x, True)`: what returns its very argument (not a view of it) and is no conversion has written it.
     inplace = node.kwargs.get("inplace") is True or (target is F.dropout and argument(node, 3, "inplace") is True)
     if inplace or (target not in _VIEWS and first is not None and value(node) is value(first) is not None):
@@ -217,8 +221,14 @@ _IN_PLACE_OPERATORS = frozenset(
     | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift}
 )
 _IN_PLACE_METHODS = frozenset(f"__{op.__name__}__" for op in _IN_PLACE_OPERATORS) | {"__setitem__"}
+_EMBEDDINGS = frozenset({F.embedding, F.embedding_bag})
 _BATCH_NORMS = frozenset({F.batch_norm, torch.batch_norm})
 _INSTANCE_NORMS = frozenset({F.instance_norm, torch.instance_norm})
+
+
+def _is_opaque(target: Any) -> bool:
+    """Whether `target` is a user's own function (`torch._dynamo.allow_in_graph`), of which nothing is known."""
+    return isinstance(target, FunctionType) and str(target.__module__).split(".")[0] not in ("torch", "operator")
 
 
 def _updates_statistics(node: Node) -> bool:

@@ -20,6 +20,7 @@ CODES: dict[str, str] = {
     "dtype": "the dtypes of activation, weights and result are not the ones the op computes in",
     "extra-user": "a value inside the region is also used outside it",
     "grad": "the region needs a gradient and the op has no backward",
+    "mode": "grad or inference mode is switched in the middle of the region",
     "mutation": "something the region reads is written in place in its middle",
     "opaque": "an operator of its own stands where the operators of the region were expected",
     "order": "a result of the region is used before the region's last input exists",

@@ -38,7 +38,7 @@ def fuse(gm: GraphModule, options: Options, compile_id: str = "", keep_code: boo
     report.work_before = _work(copies)
     surroundings = [validity.Surroundings.of(graph) for graph in copies]
     for module, graph, around in zip(modules, copies, surroundings):
-        around.inside_autocast = module is not gm and any(other.autocast for other in surroundings)
+        around.callers = () if module is gm else tuple(surroundings)
         # What is a placeholder of an inner graph may be computed in the outer one.
         report.sites.extend(_fuse_graph(graph, options, around, inputs_are_settled=module is gm))
     for module, graph in zip(modules, copies):
@@ -161,7 +161,7 @@ def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Sur
     results = _fake_results(overload, arguments)
     validity.check_layout(match, results)
 
-    point = validity.insertion_point(match, nodes)
+    point = validity.insertion_point(match, nodes, around)
     while point.next.op == "placeholder":
         point = point.next
     with graph.inserting_after(point):

@@ -8,42 +8,89 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from fusepass.fusion import Match, Refused
-from fusepass.graph import module_path, mutated, reads_only_shape, storages, value
+from fusepass.graph import argument, module_path, mutated, reads_only_shape, storages, value
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+_RESHAPES = frozenset(
+    {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"}
+    | {"unsqueeze_"}
+)
+"""In-place ops that change what the very tensor is: its fake tensor says what it is in the end."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is in force at a node besides the operators: the blocks (`with`) that it lies in."""
+
+    grad: bool
+    entered: tuple[Node, ...] = ()
+    """The nodes that have entered autocast, inference mode or a level of forward-mode derivatives."""
+
+    def after(self, node: Node) -> "Mode":
+        """What is in force from `node` on."""
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            return Mode(bool(node.args[0]), self.entered)
+        if name.startswith("_enter_") and (name != "_enter_autocast" or argument(node, 2, "enabled", default=True)):
+            return Mode(self.grad, (*self.entered, node))
+        if name.startswith("_exit_"):
+            same = [enter for enter in self.entered if enter.target.__name__ == name.replace("_exit_", "_enter_")]  # type: ignore[union-attr]
+            left = node.args[0] if node.args and isinstance(node.args[0], Node) else same[-1] if same else None
+            return Mode(self.grad, tuple(enter for enter in self.entered if enter is not left))
+        return self
+
+
 @dataclass
 class Surroundings:
-    """What a graph does besides computing: writes in place, and autocast regions."""
+    """What a graph does besides computing: writes in place, and modes that it switches."""
 
     mutations: list[tuple[Node, set[object]]] = field(default_factory=list)
     """Mutating nodes in order, with the storages they write."""
-    autocast: list[tuple[Node, Node | None]] = field(default_factory=list)
-    """Enter and exit of each enabled autocast region."""
-    inside_autocast: bool = False
-    """Whether the whole graph may run inside an autocast region of the graph it is called from."""
+    switches: list[tuple[Node, Mode]] = field(default_factory=list)
+    """The graph's first node and those that switch a mode, in order, and what is in force from there on."""
+    reshaped: dict[int, Node] = field(default_factory=dict)
+    """By the identity of a fake tensor, the last node that changes its shape in place."""
+    callers: tuple["Surroundings", ...] = ()
+    """Those of the graphs that this one may be called from, in any mode of theirs."""
 
     @classmethod
     def of(cls, graph: Graph) -> "Surroundings":
         found = cls()
-        open_regions: dict[Node, int] = {}
+        mode = Mode(torch.is_grad_enabled())
         for node in graph.nodes:
             if written := mutated(node):
                 found.mutations.append((node, set().union(*map(storages, written))))
-            name = getattr(node.target, "__name__", "")
-            if name == "_enter_autocast" and (node.args[2] if len(node.args) > 2 else node.kwargs.get("enabled", True)):
-                open_regions[node] = len(found.autocast)
-                found.autocast.append((node, None))
-            elif name == "_exit_autocast" and node.args[0] in open_regions:
-                found.autocast[open_regions[node.args[0]]] = (node.args[0], node)
+                if getattr(node.target, "__name__", node.target) in _RESHAPES:
+                    found.reshaped |= {id(value(target)): node for target in written}
+            before, mode = mode, mode.after(node)
+            if mode != before or not found.switches:
+                found.switches.append((node, mode))
         return found
 
+    def mode(self, node: Node) -> Mode:
+        """What is in force behind `node`."""
+        return next(mode for switch, mode in reversed(self.switches) if not node < switch)
 
-def insertion_point(match: Match, arguments: list[Node]) -> Node:
+    def modes_of_callers(self) -> list[Mode]:
+        """What may be in force where this graph is called."""
+        return [mode for caller in self.callers for _, mode in caller.switches]
+
+
+def _inside(mode: Mode, block: str) -> Node | None:
+    """The node that entered such a block, if one is in force."""
+    return next((node for node in mode.entered if node.target.__name__ == f"_enter_{block}"), None)  # type: ignore[union-attr]
+
+
+def insertion_point(match: Match, arguments: list[Node], around: Surroundings) -> Node:
     """The node to put the op after: its last argument, but not before the region begins (what the op reads may be
-    written in place before that)."""
-    return max([*arguments, min(match.interior)])
+    written in place before that), nor in a block that the region is not in."""
+    end = max(match.interior)
+    point = max([*arguments, min(match.interior)])
+    while point < end and around.mode(point) != around.mode(end):
+        point = point.next
+    return point
 
 
 def outside_users(match: Match, node: Node) -> list[Node]:
@@ -66,7 +113,9 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
                 kind = type(part).__name__
                 raise Refused("tensor-subclass", f"'{node.name}' is a {kind}, not a plain tensor", node)
 
-    for node in match.outputs:
+    # A graph that is called with gradients and without was traced in one of the two.
+    traced_in_one = len({mode.grad for mode in around.modes_of_callers()}) > 1
+    for node in (*match.outputs, *(match.tensors if traced_in_one else ())):
         if value(node).requires_grad:
             raise Refused("grad", f"'{node.name}' needs a gradient; run the model under torch.no_grad()", node)
 
@@ -74,13 +123,24 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     if device.type not in ("cuda", "cpu"):
         raise Refused("device", f"'{match.activation.name}' is on {device}; expected a CUDA device")
 
-    for enter, leave in around.autocast:
-        if any(enter < node and (leave is None or node < leave) for node in match.interior):
+    modes = {around.mode(node) for node in match.interior}
+    for mode in modes:
+        if enter := _inside(mode, "autocast"):
             raise Refused("autocast", "the region lies inside torch.autocast", enter)
-    if around.inside_autocast or torch.is_autocast_enabled(device.type):
+        if enter := _inside(mode, "dual_level"):
+            raise Refused("grad", "the region lies inside a level of forward-mode derivatives", enter)
+    called_in_autocast = any(_inside(mode, "autocast") for mode in around.modes_of_callers())
+    if called_in_autocast or torch.is_autocast_enabled(device.type):
         raise Refused("autocast", "the model is called inside torch.autocast", None)
 
     _check_dtype_and_device(match)  # after autocast, which is why dtypes differ where it is in force
+    if len(modes) > 1:
+        raise Refused("mode", "grad or inference mode is switched in the middle of the region")
+
+    for node in (*match.interior, *match.tensors, *arguments):
+        reshape = around.reshaped.get(id(value(node)))
+        if reshape is not None and min(match.interior) < reshape:
+            raise Refused("mutation", f"'{reshape.name}' changes the shape of '{node.name}' in place", reshape)
 
     for node in arguments:
         if node in match.interior:
@@ -90,7 +150,7 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
             where = module_path(users[0]) or "the top level"
             raise Refused("extra-user", f"'{node.name}' has another user: '{users[0].name}' in {where}", users[0])
 
-    start, point = min(match.interior), insertion_point(match, arguments)
+    start, point = min(match.interior), insertion_point(match, arguments, around)
     for output in match.outputs:
         for user in output.users:
             if not point < user and user not in match.interior:

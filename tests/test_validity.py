@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -213,6 +214,77 @@ def test_autocast_elsewhere_or_disabled_refuses_nothing() -> None:
     assert all_fused(run(net, hidden(), torch.randn(HIDDEN, HIDDEN))[0]) == {"rms_norm": 1}
 
 
+# --- modes ---
+
+
+BLOCKS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_op_is_put_behind_a_block_in_which_an_argument_is_made(block: str) -> None:
+    def net(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight)
+        with BLOCKS[block]():
+            r = x * 2
+        return r + y
+
+    report, graph = run(net, hidden(), torch.randn(HIDDEN, HIDDEN))
+    assert all_fused(report) == ONE
+    names = [node.name for node in graph.graph.nodes]
+    (op,) = (name for name in names if "linear_residual" in name)
+    assert names.index(op) > max(i for i, name in enumerate(names) if "exit" in name or "grad_enabled" in name)
+
+
+@pytest.mark.parametrize("block", ["enable_grad", "inference_mode"])
+def test_a_region_half_inside_a_block_is_refused(block: str) -> None:
+    def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+        with BLOCKS[block]():
+            y = F.linear(x, weight)
+        return r + y
+
+    report, _ = run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
+    refusal(report, "linear_residual", "mode", "switched in the middle")
+
+
+def test_a_region_that_needs_a_gradient_inside_alone_is_refused() -> None:
+    net = Residual().requires_grad_()
+
+    def half(x: Tensor, r: Tensor) -> Tensor:
+        y = net.linear(x)
+        with torch.no_grad():
+            return r + y
+
+    _, (report,), _ = fused(half, hidden(), hidden())
+    refusal(report, "linear_residual", "mode", "switched in the middle")
+
+
+def test_a_region_inside_a_level_of_forward_derivatives_is_refused() -> None:
+    def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return r + F.linear(x, weight)
+
+    report, _ = run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
+    refusal(report, "linear_residual", "grad", "forward-mode derivatives")
+
+
+def test_a_graph_called_with_and_without_gradients_is_refused_where_its_weights_need_one() -> None:
+    mlp = MLP().requires_grad_()
+    region = torch.compiler.nested_compile_region(lambda x: mlp(x))
+
+    def net(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            first = region(x)
+        return first + region(x)
+
+    refusal(grads(net, hidden()), "norm_gated_mlp", "grad", r"torch\.no_grad\(\)")  # type: ignore[arg-type]
+    mlp.requires_grad_(False)
+    assert all_fused(grads(net, hidden())) == {"norm_gated_mlp": 1}  # type: ignore[arg-type]
+
+
 # --- extra-user ---
 
 
@@ -282,6 +354,11 @@ def running_mean(x: Tensor) -> None:
     F.batch_norm(x[:, 0], stats[:HIDDEN], stats[HIDDEN : 2 * HIDDEN], training=True)
 
 
+@torch._dynamo.allow_in_graph
+def double_in_place(x: Tensor) -> Tensor:
+    return x.mul_(2).sum()
+
+
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "+=": plus_equals,
     "*=": times_equals,
@@ -300,6 +377,21 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "aten overload": lambda x: torch.ops.aten.add_.Scalar(x, 1),
     "aten out=": lambda x: torch.ops.aten.exp.out(x, out=x),
     "custom op": bump,
+    "any argument of a function": lambda x: torch._fused_sgd_(
+        [torch.ones_like(x)],
+        [torch.ones_like(x)],
+        [x],
+        weight_decay=0.0,
+        momentum=0.9,
+        lr=0.1,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    ),
+    "function that Dynamo does not look into": double_in_place,
+    "embedding's max_norm": lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=0.1),
+    "embedding_bag's max_norm": lambda x: F.embedding_bag(torch.tensor([[0]]), x[0], max_norm=0.1),
     "custom op through torch.ops": lambda x: torch.ops.fusepass_tests.bump(x),
     "inplace=True": lambda x: F.relu(x, inplace=True),
     "inplace by position": lambda x: F.relu(x, True),
@@ -327,6 +419,35 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 def test_a_write_in_the_middle_is_refused_however_it_is_spelled(name: str) -> None:
     net = Residual(between=lambda module, x, r: WRITES[name](r))
     refusal(run(net, hidden(), hidden())[0], "linear_residual", "mutation", "writes in place what the region reads")
+
+
+def broadcast_row(x: Tensor, weight: Tensor) -> Tensor:
+    r = x[0, 0] * 2
+    y = F.linear(x[0, :1], weight) + r
+    r.unsqueeze_(0)
+    return y
+
+
+def transposed_weight(x: Tensor, weight: Tensor) -> Tensor:
+    weight = (weight * 1).t()
+    y = F.linear(x, weight) + x
+    weight.t_()
+    return y
+
+
+@pytest.mark.parametrize("net", [broadcast_row, transposed_weight])
+def test_what_changes_its_shape_in_place_later_is_refused(net: Callable[..., Tensor]) -> None:
+    """The fake tensor says by then that it fits."""
+    report, _ = run(net, hidden(), torch.randn(HIDDEN, HIDDEN))
+    refusal(report, "linear_residual", "mutation", "changes the shape of '.*' in place")
+
+
+def test_what_has_changed_its_shape_in_place_before_is_fused() -> None:
+    def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+        r = (r[0] * 2).unsqueeze_(0)
+        return F.linear(x[:1], weight) + r
+
+    assert all_fused(run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))[0]) == ONE
 
 
 TARGETS: dict[str, Callable[[Residual, Tensor, Tensor], Tensor]] = {

@@ -223,6 +223,20 @@ def test_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert re.search(f"self_attention at .* not joined: .*{words}", caplog.text)
 
 
+@pytest.mark.parametrize("which", ["x", "cos", "mask"])
+def test_what_is_read_may_not_lie_in_the_cache(which: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the token is written, so that it matters which comes first."""
+    net, given = Net(), dict(zip(("x", "cos", "sin", "position", "mask"), inputs()))
+    if which == "mask":
+        given["mask"] = given["mask"].float()
+    shape = given[which].shape
+    given[which] = net.caches[0].data[0, 0, 4].as_strided(shape, [0] * (len(shape) - 1) + [1])
+    with caplog.at_level(logging.DEBUG, "fusepass"), torch.no_grad():
+        _, (report,), _ = fused(net, *given.values())
+    assert ops(report) == APART
+    assert re.search("not joined: .*shares memory with the cache", caplog.text)
+
+
 NO_CANDIDATE: dict[str, dict[str, Spelling]] = {
     "another position": {"values": lambda s: s.values.index_copy_(2, s.position + 1, s.v)},
     "added": {"keys": lambda s: s.keys.index_add_(2, s.position, s.k)},
