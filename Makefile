@@ -55,10 +55,10 @@ readme: $(VENV)/.installed  ## the README's results from the records in benchmar
 checkpoint: $(VENV)/.installed  ## train the demo's checkpoint again
 	$(BIN)/python examples/train_tiny_qwen3.py
 
+# torchao beside the environment: transformers imports it where it is installed, and it prints what it misses.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test,dev]"
-	# Beside the environment: transformers imports it where it is installed, and it prints what it misses without a GPU.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@
 
