@@ -20,11 +20,15 @@ def main() -> None:
     parser.add_argument("--prompt", default="The fox sat by the river.", help="text to continue")
     parser.add_argument("--tokens", type=int, default=256, help="number of tokens to generate")
     args = parser.parse_args()
+    if args.tokens < 1:
+        parser.error(f"--tokens is {args.tokens}; expected at least 1")
     gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
     model = model.to("cuda" if gpu else "cpu").eval()
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        parser.error(f"--prompt {args.prompt!r} has no tokens; expected text to continue")
 
     settings = {"max_new_tokens": args.tokens, "do_sample": False, "cache_implementation": "static"}
     if gpu:  # on a CPU, generate compiles nothing

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -27,3 +29,20 @@ def test_a_models_graphs_are_inspected_and_written_as_a_page(tmp_path: Path) -> 
     assert "17 fused, 0 refused" in done.stdout
     assert "  norm_qkv_rope     47 nodes at model.layers.0.self_attn, 9 tensors read\n" in done.stdout
     assert "tiny-qwen3: a decode step" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "text"),
+    [
+        ("inspect_graphs.py", ("--cache", "-4"), "--cache is -4; expected at least 1"),
+        ("inspect_graphs.py", ("--html", "/no/such/page.html"), "cannot write /no/such/page.html: No such file"),
+        ("generate.py", ("--tokens", "0"), "--tokens is 0; expected at least 1"),
+        ("generate.py", ("--prompt", ""), "--prompt '' has no tokens; expected text to continue"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(example: str, arguments: tuple[str, ...], text: str) -> None:
+    command = [sys.executable, str(EXAMPLES / example), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert text in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
