@@ -1,6 +1,5 @@
 """The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +37,7 @@ def fusepass(
     """
     parsed = Options.parse(options, mode)
     if disabled():
+        _once(log.info, "FUSEPASS_DISABLE=1: graphs go to Inductor as they are")
         return inductor.compile_with_inductor(gm, example_inputs, parsed.mode, parsed.inductor, fused=False)
 
     original = None
@@ -45,15 +45,13 @@ def fusepass(
         from fusepass import verify
 
         original = verify.pristine(gm)
-        # Inductor's own random numbers are others than the original graph's.
-        parsed = dataclasses.replace(parsed, inductor={"fallback_random": True, **parsed.inductor})
     report = _fuse(gm, example_inputs, parsed)
     record(report)
     _trace(report)
     log.info("%s", report.summary())
     fused = bool(report.counts())
     if not fused and (norms := _rms_norms(gm)):
-        _complain(report, norms, parsed.strict)
+        _complain(report, norms, parsed)
 
     if original is None or not fused:
         return _hand_over(gm, example_inputs, parsed, fused)
@@ -65,12 +63,15 @@ def fusepass(
 def _hand_over(gm: GraphModule, example_inputs: list[Any], options: Options, fused: bool) -> Callable[..., Any]:
     """What runs the remainder."""
     if options.remainder == "eager":
-        if options.mode not in (None, "default"):
-            _warn_once(f"mode={options.mode!r} has no effect with remainder='eager'")
+        for name, given in (("mode", options.mode), ("inductor", options.inductor)):
+            if given not in (None, "default", {}):
+                _once(log.warning, f"{name}={given!r} has no effect with remainder='eager'")
         return gm.forward
-    if inductor.uses_cuda_graphs(options.mode, options.inductor):
+    # Inductor's own random numbers are others than the original graph's.
+    patches = {"fallback_random": True, **options.inductor} if options.verify else options.inductor
+    if inductor.uses_cuda_graphs(options.mode, patches):
         _warn_about_caches(gm)
-    return inductor.compile_with_inductor(gm, example_inputs, options.mode, options.inductor, fused)
+    return inductor.compile_with_inductor(gm, example_inputs, options.mode, patches, fused)
 
 
 fusepass.reset = inductor.reset  # type: ignore[attr-defined]
@@ -126,11 +127,13 @@ def _rms_norms(gm: GraphModule) -> int:
     return sum(rsqrt_of(node) is not None for graph in graphs for node in graph.nodes)
 
 
-def _complain(report: GraphReport, norms: int, strict: bool) -> None:
-    reasons = list(dict.fromkeys(site.reason for site in report.sites if site.reason))
-    cause = report.untouched or "; ".join(reasons[:3]) or "no fusion matched"
+def _complain(report: GraphReport, norms: int, options: Options) -> None:
+    reasons = list(dict.fromkeys(site.reason for site in report.sites if site.reason))[:3] or ["no fusion matched"]
+    if off := [name for name, on in options.fusions.items() if not on]:
+        reasons.append(f"switched off: {', '.join(off)}")
+    cause = report.untouched or "; ".join(reasons)
     message = f"graph {report.compile_id} has {norms} RMSNorms and got no fusion: {cause}"
-    if strict:
+    if options.strict:
         raise NothingFused(message)
     if report.untouched and "CPU" in report.untouched:
         return  # the INFO line says so already, and it is what the user asked for
@@ -143,15 +146,16 @@ def _warn_about_caches(gm: GraphModule) -> None:
         for written in mutated(node):
             marks = written.meta.get("tensor_dict", {})
             if written.op == "placeholder" and not marks.get("_dynamo_static_input_type"):
-                _warn_once(
+                _once(
+                    log.warning,
                     f"the graph writes '{written.name}', which is not marked static, so Inductor will not use CUDA "
                     "graphs: initialise the cache before compiling (StaticCache.early_initialization), or let "
-                    "generate() compile"
+                    "generate() compile",
                 )
                 return
 
 
-def _warn_once(message: str) -> None:
+def _once(say: Callable[..., None], message: str) -> None:
     if message not in _logged:
         _logged.add(message)
-        log.warning("%s", message)
+        say("%s", message)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -35,6 +36,8 @@ class Options:
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "Options":
         """Validated options. Raises ValueError or TypeError that names the option and what was expected."""
+        if not isinstance(options, Mapping | None):
+            raise TypeError(f"fusepass: options is {options!r}; expected a dict")
         given = dict(options or {})
         known = [f.name for f in fields(cls)]
         for name in given:
@@ -50,9 +53,12 @@ class Options:
         return parsed
 
     def _validate(self) -> None:
+        from torch._inductor import list_mode_options
+
         hints = get_type_hints(type(self))
-        for name in ("precision", "remainder"):
-            allowed = get_args(hints[name])
+        choices = {name: get_args(hints[name]) for name in ("precision", "remainder")}
+        choices["mode"] = (None, *list_mode_options())
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"fusepass: option '{name}' is {getattr(self, name)!r}; expected one of {allowed}")
         if not isinstance(self.strict, bool):
@@ -62,6 +68,9 @@ class Options:
         for name in ("fusions", "inductor"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"fusepass: option '{name}' is {getattr(self, name)!r}; expected a dict")
+        for name in self.inductor:
+            if not isinstance(name, str):
+                raise TypeError(f"fusepass: option 'inductor' has the key {name!r}; expected an option's name")
         registered = [fusion.name for fusion in fusions()]
         for name, switch in self.fusions.items():
             if name not in registered:
@@ -83,16 +92,22 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def disabled() -> bool:
-    """Whether FUSEPASS_DISABLE=1: the backend is then exactly Inductor."""
-    return os.environ.get("FUSEPASS_DISABLE", "0") not in ("", "0")
+    """Whether FUSEPASS_DISABLE is 1: the backend is then exactly Inductor. Raises ValueError for an unknown value."""
+    setting = os.environ.get("FUSEPASS_DISABLE", "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"FUSEPASS_DISABLE is {setting!r}; expected 0 or 1")
+    return setting == "1"
 
 
 def cpu_mode() -> CpuMode:
     """What to do with a CPU graph: FUSEPASS_CPU. Raises ValueError for an unknown value, and RuntimeError for
     "interpret" in a process where Triton was imported without its interpreter."""
-    mode = os.environ.get("FUSEPASS_CPU", "off")
+    mode = os.environ.get("FUSEPASS_CPU") or "off"
     if mode not in get_args(CpuMode):
         raise ValueError(f"FUSEPASS_CPU is {mode!r}; expected one of {', '.join(get_args(CpuMode))}")
-    if mode == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+    # A function of Triton's language is made for the interpreter or for the compiler when it is imported.
+    triton = sys.modules.get("triton")
+    compiles = triton is not None and isinstance(triton.language.sum, triton.JITFunction)
+    if mode == "interpret" and (compiles or os.environ.get("TRITON_INTERPRET") != "1"):
         raise RuntimeError("FUSEPASS_CPU=interpret needs TRITON_INTERPRET=1 in the environment before Python starts")
     return mode  # type: ignore[return-value]

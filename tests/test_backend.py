@@ -94,15 +94,20 @@ def test_a_cpu_graph_goes_to_inductor_untouched_by_default(
 
 
 @torch.no_grad()
-def test_disable_is_exactly_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disable_is_exactly_inductor_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fusepass")
     seen: list[bool] = []
     monkeypatch.setenv("FUSEPASS_DISABLE", "1")
     monkeypatch.setattr(
         backend_module.inductor, "compile_with_inductor", lambda gm, *_, fused: seen.append(fused) or gm.forward
     )
-    compiled(small_qwen3(1))(ids(), use_cache=False)
-    assert seen == [False]
+    for length in (5, 6):
+        compiled(small_qwen3(1))(ids(1, length), use_cache=False)
+    assert seen == [False, False]
     assert fusepass.reports() == []
+    assert caplog.messages == ["FUSEPASS_DISABLE=1: graphs go to Inductor as they are"]
 
 
 @torch.no_grad()
@@ -134,6 +139,13 @@ def test_strict_raises_whatever_the_cause(monkeypatch: pytest.MonkeyPatch) -> No
         compiled(small_qwen3(1), strict=True)(ids(), use_cache=False)
 
 
+@torch.no_grad()
+def test_strict_says_which_fusions_are_switched_off() -> None:
+    off = {fusion.name: False for fusion in fusepass.fusions()}
+    with pytest.raises(BackendCompilerFailed, match="got no fusion: no fusion matched; switched off: .*rms_norm"):
+        compiled(small_qwen3(1), strict=True, fusions=off)(ids(), use_cache=False)
+
+
 def test_one_warning_names_no_grad_when_a_gradient_is_needed(caplog: pytest.LogCaptureFixture) -> None:
     model = small_qwen3(1).requires_grad_(True)
     loss = compiled(model)(ids(), use_cache=False).logits.sum()
@@ -151,19 +163,23 @@ def test_an_unknown_option_stops_the_compilation() -> None:
 
 
 @torch.no_grad()
-def test_an_unknown_mode_is_inductors_error() -> None:
-    with pytest.raises(BackendCompilerFailed, match="Unrecognized mode=fastest"):
+def test_an_unknown_mode_stops_the_compilation() -> None:
+    with pytest.raises(BackendCompilerFailed, match="option 'mode' is 'fastest'; expected one of .*'max-autotune'"):
         torch.compile(small_qwen3(1), backend="fusepass", mode="fastest")(ids(), use_cache=False)
 
 
 @torch.no_grad()
-def test_mode_with_an_eager_remainder_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"inductor": {"max_autotune": True}}])
+def test_what_an_eager_remainder_can_not_heed_is_warned_about_once(
+    given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"remainder": "eager", "verify": True, **given}
     for _ in range(2):
         torch._dynamo.reset()
-        compiled(small_qwen3(1), mode="reduce-overhead")
-        options = {"remainder": "eager", "mode": "reduce-overhead"}
         torch.compile(small_qwen3(1), backend="fusepass", options=options)(ids(), use_cache=False)
-    assert caplog.text.count("has no effect with remainder='eager'") == 1
+    ((name, setting),) = given.items()
+    warnings = [message for message in caplog.messages if "has no effect" in message]
+    assert warnings == [f"{name}={setting!r} has no effect with remainder='eager'"]
 
 
 @torch.no_grad()
