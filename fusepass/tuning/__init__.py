@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Config]:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:  # brackets in brackets, a thousand deep
         raise ValueError(f"{path} is no table of launch configs: {fault}") from fault
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no table of launch configs: expected an object")

@@ -181,6 +181,33 @@ def test_a_compiled_model_saves_and_loads_its_weights(tmp_path: Path) -> None:
     assert_like_eager(logits(twin, tokens), want)
 
 
+AHEAD = """
+import sys, torch
+from tests.patterns.toys import MLP, hidden
+
+torch.manual_seed(0)
+mlp, x = MLP(), hidden()
+with torch.no_grad():
+    if sys.argv[1] == "save":
+        compiled = torch.compile(mlp, backend="fusepass", fullgraph=True).forward.aot_compile(((x,), {}))
+        compiled.save_compiled_function(sys.argv[2])
+        import fusepass
+        print(fusepass.reports()[-1].counts()["norm_gated_mlp"])
+    else:
+        import fusepass.ops
+        torch.testing.assert_close(torch.compiler.load_compiled_function(open(sys.argv[2], "rb"))(mlp, x), mlp(x))
+"""
+
+
+@pytest.mark.skipif(not torch._dynamo.config.enable_aot_compile, reason="off in torch 2.11")
+def test_what_was_compiled_ahead_of_time_loads_once_the_ops_are_imported(tmp_path: Path) -> None:
+    for verb, printed in (("save", "1"), ("load", "")):
+        command = [sys.executable, "-c", AHEAD, verb, str(tmp_path / "compiled")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == printed
+
+
 # --- the minifier ---
 
 RIGHT = """

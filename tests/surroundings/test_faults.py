@@ -219,7 +219,7 @@ def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "", "[]", "3", "\xff", json.dumps({NAME: [1]}), json.dumps({NAME: {**FINE, "BLOCK_N": 0}}),
+        "{", "", "[]", "3", "\xff", "[" * 100_000, json.dumps({NAME: [1]}), json.dumps({NAME: {**FINE, "BLOCK_N": 0}}),
         json.dumps({NAME: {**FINE, "BLOCK_N": "2"}}), json.dumps({NAME: {**FINE, "BLOCK_K": 1.5}}),
         json.dumps({NAME: {"BLOCK_N": 2}}), json.dumps({"no launch": FINE}), json.dumps({"skinny " + NAME: FINE}),
         json.dumps({NAME: {**FINE, "UNROLL": 4}}), json.dumps({NAME: {**FINE, "num_stages": 3}}),
