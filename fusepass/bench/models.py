@@ -59,8 +59,9 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown model '{name}'{known}")
     try:
         AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as fault:
-        raise ValueError(f"cannot load model '{name}' ({str(fault).splitlines()[0]}){known}") from fault
+    except Exception as fault:  # a config.json may hold any JSON, and then transformers fails in any way
+        reason = str(fault).partition("\n")[0]
+        raise ValueError(f"cannot load model '{name}' ({reason}){known}") from fault
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:

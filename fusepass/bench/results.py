@@ -80,6 +80,15 @@ def read_all(folder: Path, kind: str) -> list[Record]:
     return sorted(measured, key=lambda record: (record["weight_bytes"], record["batch"], record["tokens"]))
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError, in one line, unless records can be written to a folder that exists, or that can be made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {folder}: no permission in {there}")
+
+
 def write(path: Path, row: Row, environment: dict[str, str], measured: Record) -> Record:
     """Keep what was measured; a stop on the way leaves the old file."""
     record = {**identity(row, environment), "date": time.strftime("%Y-%m-%d"), **measured}

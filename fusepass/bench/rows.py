@@ -90,16 +90,26 @@ def plan(
     rounds: int,
     device: str,
 ) -> list[Row]:
-    """The rows in the order they are measured. Raises ValueError for none, and if a decode row would outgrow its
-    cache."""
+    """The rows in the order they are measured. Raises ValueError for none, if a decode row would outgrow its cache, and
+    if two rows would be recorded in one file."""
     if decode and (needed := context + max(steps, WARM_UP)) > cache:
         raise ValueError(f"a context of {context} and {steps} steps need a cache of {needed}, --cache is {cache}")
     if not decode and not prefill:
         raise ValueError("--no-decode without --prefill: nothing to measure")
     shapes = ([(context, 1, cache)] if decode else []) + [(0, tokens, max(cache, tokens)) for tokens in prefill]
-    return [
+    rows = [
         Row(model, batch, *shape, dtype, modes, steps, rounds, device)
-        for model in dict.fromkeys(models)
+        for model in dict.fromkeys(map(_named, models))
         for batch in dict.fromkeys(batches)
         for shape in dict.fromkeys(shapes)
     ]
+    files: dict[str, Row] = {}
+    for row in rows:
+        if (other := files.setdefault(row.file, row)) is not row:
+            raise ValueError(f"{other.model} and {row.model} would share the record {row.file}: use an --out for each")
+    return rows
+
+
+def _named(model: str) -> str:
+    """The model by a name that files and labels can bear: a folder given as "." or ".." by its path."""
+    return model if Path(model).name.strip(".") else str(Path(model).resolve())

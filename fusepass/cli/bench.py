@@ -16,7 +16,7 @@ LENGTHS: list[int] = []
 MODES = list(Mode)
 EPILOG = (
     "Exit codes: 0 every row is measured; 1 a row or a mode failed, or gave other logits than eager; 2 nothing was "
-    "started (no GPU, wrong arguments, a package is missing); 130 and 143 stopped by Ctrl-C or SIGTERM."
+    "started (no GPU, wrong arguments, nowhere to write, a package is missing); 130 and 143 stopped by Ctrl-C, SIGTERM."
 )
 
 
@@ -50,12 +50,14 @@ def bench(
     import torch
 
     from fusepass.bench.models import check_name
-    from fusepass.bench.results import environment
+    from fusepass.bench.results import check_folder, environment
     from fusepass.bench.run import go_through, preview
     from fusepass.bench.table import console
     from fusepass.tuning import slug
 
+    folder = out or Path("benchmarks/results") / slug()
     try:
+        check_folder(folder)
         for name in model:
             check_name(name)
         rows = plan(
@@ -76,7 +78,7 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available() and not dry_run:
         fail("needs a CUDA GPU")
 
-    screen, folder, where = console(), out or Path("benchmarks/results") / slug(), environment(device, commit)
+    screen, where = console(), environment(device, commit)
     versions = ", ".join(f"{name} {value}" for name, value in where.items() if name != "gpu")
     screen.print(f"{where['gpu']}, {versions}; {len(rows)} rows, to {folder}")
     if dry_run:

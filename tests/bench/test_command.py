@@ -180,6 +180,11 @@ def test_without_a_gpu_one_line_says_so_and_the_exit_code_is_2(monkeypatch: pyte
         (["--model", "no/such-model"], "fusepass: cannot load model 'no/such-model' ("),
         (["--context", "1000"], "fusepass: a context of 1000 and 50 steps need a cache of 1050, --cache is 1024"),
         (["--no-decode"], "fusepass: --no-decode without --prefill: nothing to measure"),
+        (
+            ["--model", "examples/../examples/tiny-qwen3", "examples/tiny-qwen3"],
+            "fusepass: examples/../examples/tiny-qwen3 and examples/tiny-qwen3 would share the record "
+            "decode-tiny-qwen3-b1-c512-bfloat16.json",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -187,6 +192,51 @@ def test_what_cannot_be_measured_is_one_line_and_exit_code_2(arguments: list[str
     assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_given_as_a_dot_is_called_by_its_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    output = bench("--dry-run", "--device", "cpu", "--model", ".").output
+    assert "small decode, batch 1, context 512: measure (not measured yet), decode-small-b1-c512-" in output
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"x"', '{"auto_map": 3}', '{"model_type": "qwen3", "layer_types": 3}'])
+def test_a_configuration_that_is_none_is_one_line_and_exit_code_2(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for model in (tmp_path, tmp_path / "config.json"):
+        result = bench("--dry-run", "--device", "cpu", "--model", model)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"fusepass: cannot load model '{model}' (")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2_and_nothing_is_measured(
+    tmp_path: Path, fake: Any
+) -> None:
+    seen = fake()
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "sub"):
+        for more in ((), ("--dry-run",)):
+            result = three(out, *more)
+            assert (result.exit_code, seen) == (2, [])
+            assert result.stderr == f"fusepass: cannot write to {out}: {file} is no folder\n"
+            assert result.stdout == ""
+    assert file.read_text() == "kept"
+
+
+def test_a_folder_without_permission_is_one_line_and_exit_code_2_and_nothing_is_made(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, out = fake(), tmp_path / "new" / "results"
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    for more in ((), ("--dry-run",)):
+        result = three(out, *more)
+        assert (result.exit_code, seen) == (2, [])
+        assert result.stderr == f"fusepass: cannot write to {out}: no permission in {tmp_path}\n"
+    monkeypatch.undo()
+    assert three(out, "--dry-run").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_take_several_values_and_may_be_repeated(tmp_path: Path) -> None:

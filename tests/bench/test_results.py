@@ -67,6 +67,24 @@ def test_a_file_that_cannot_be_read_counts_as_not_measured(tmp_path: Path) -> No
     assert read(tmp_path / "half.json") is None
 
 
+def test_rows_that_would_share_a_file_are_refused_and_both_are_named() -> None:
+    for two in (["a/m", "b/m"], ["Qwen3-0.6B", "Qwen/Qwen3-0.6B"]):
+        with pytest.raises(ValueError, match=f"{two[0]} and {two[1]} would share the record prefill-"):
+            rows(models=two, decode=False, prefill=[5])
+    assert len(rows(models=["a/m", "a/m", "b/n"])) == 2
+
+
+@pytest.mark.parametrize("model", [".", "..", "sub/.."])
+def test_a_folder_without_a_name_of_its_own_is_recorded_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub" if model == ".." else tmp_path)
+    (row,) = rows(model)
+    assert row.model == str(tmp_path)
+    assert row.file == f"decode-{tmp_path.name}-b1-c8-float32.json"
+
+
 def test_the_best_mode_ran_and_agrees_with_eager(tmp_path: Path) -> None:
     found = record(tmp_path)
     assert (best(found, "inductor"), best(found, "fusepass")) == ("inductor-max-autotune", "fusepass-reduce-overhead")
