@@ -12,11 +12,14 @@ A record holds the fields of its `Row`, the environment, and under "modes" for e
 """
 
 import json
+import logging
 import os
 import subprocess
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,17 @@ from fusepass.bench.rows import Row, compiler, torch_mode
 from fusepass.inductor import code_identity
 
 Record = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+# The keys that are read, by where they are: in every record, in a measured one, in a mode of it, in what failed.
+_ROW = {
+    **dict.fromkeys(("model", "dtype", "gpu", "torch", "triton", "transformers", "commit", "date"), str),
+    **dict.fromkeys(("batch", "context", "tokens", "cache"), int),
+}
+_MEASURED = {**dict.fromkeys(("weight_bytes", "bandwidth_tb_s", "logits_limit"), Real), "modes": dict}
+_MODE = dict.fromkeys(("ms", "tokens_per_s", "logits_error"), Real)
+_FAILED = {"error": str}
 
 
 def environment(device: str, commit: str = "") -> dict[str, str]:
@@ -66,11 +80,31 @@ def identity(row: Row, environment: dict[str, str]) -> Record:
 
 
 def read(path: Path) -> Record | None:
-    """A record; None if there is none that can be read."""
+    """A record; None if there is none, with a warning if there is something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        found = None
+    if is_record(found):
+        return found
+    log.warning("%s is ignored: it is no record of fusepass bench", path)
+    return None
+
+
+def is_record(found: Any) -> bool:
+    """Whether JSON is what `write` writes, as far as it is read."""
+    if not _has(found, _ROW):
+        return False
+    if "modes" not in found:
+        return _has(found, _FAILED)
+    return _has(found, _MEASURED) and all(_has(mode, _MODE) or _has(mode, _FAILED) for mode in found["modes"].values())
+
+
+def _has(found: Any, types: Mapping[str, type]) -> bool:
+    """Whether JSON is an object with these keys, their values of these types."""
+    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in types.items())
 
 
 def read_all(folder: Path, kind: str) -> list[Record]:
@@ -110,6 +144,25 @@ def unfinished(row: Row, environment: dict[str, str], record: Record | None) -> 
             return f"{name} was {record.get(name)}, is {value}"
     missing = [mode for mode in row.modes if mode not in record["modes"]]
     return f"without {', '.join(missing)}" if missing else None
+
+
+def due(row: Row, environment: dict[str, str], record: Record | None, force: bool) -> tuple[Row, str | None]:
+    """The row as it is to be measured, and why; no reason if it is finished, unless with `force`.
+
+    Modes that its record has besides are measured again: the new figures compare with no others, so they can only
+    replace the record, not join it."""
+    why = unfinished(row, environment, record) or ("--force" if force else None)
+    comparable = record if record and identity(row, environment).items() <= record.items() else {}
+    besides = [mode for mode in comparable.get("modes", {}) if mode not in row.modes]
+    if why and besides:
+        why = f"{why}; with {', '.join(besides)}, which the record has"
+        row = replace(row, modes=(*besides, *row.modes))
+    return row, why
+
+
+def failed(measured: Record) -> bool:
+    """Whether a row has no figures: it failed, or all its modes did."""
+    return all("error" in mode for mode in measured.get("modes", {}).values())
 
 
 def best(record: Record, who: str) -> str | None:

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from fusepass.bench.measure import Tell, measure, one_line
 from fusepass.bench.picture import draw
-from fusepass.bench.results import read, troubles, unfinished, write
+from fusepass.bench.results import due, failed, read, troubles, write
 from fusepass.bench.rows import Row
 from fusepass.bench.table import Display, show
 
@@ -27,7 +27,7 @@ from fusepass.bench.table import Display, show
 def preview(rows: list[Row], folder: Path, environment: dict[str, str], screen: Console, force: bool) -> None:
     """Say for each row whether it would be measured, and why."""
     for row in rows:
-        why = unfinished(row, environment, read(folder / row.file)) or ("--force" if force else None)
+        row, why = due(row, environment, read(folder / row.file), force)
         screen.print(f"{row.label}: {f'measure ({why})' if why else 'skip (finished)'}, {row.file}", soft_wrap=True)
     screen.print(f"modes: {', '.join(rows[0].modes)}", soft_wrap=True)
 
@@ -36,18 +36,24 @@ def go_through(
     rows: list[Row], folder: Path, environment: dict[str, str], screen: Console, force: bool, verbose: bool
 ) -> int:
     """Measure and record the rows that are not finished (all with `force`), print every row's table, and draw what
-    the folder holds. Returns the exit code: 0, or 1 if there was trouble in any row."""
+    the folder holds if that can be drawn. Returns the exit code: 0, or 1 if there was trouble in any row."""
     found = False
     try:
         with Display(screen, len(rows)) as display:
             for display.done, row in enumerate(rows):
                 record = read(folder / row.file)
-                why = unfinished(row, environment, record) or ("--force" if force else None)
+                row, why = due(row, environment, record, force)
                 number = f"[bold]{display.done + 1}/{len(rows)} {row.label}[/]"
                 if why or record is None:
                     screen.print(f"\n{number}: {why}", soft_wrap=True)
                     measured = measure_apart(row, display.tell, verbose)
-                    record = write(folder / row.file, row, environment, measured)
+                    if record and failed(measured) and not failed(record):
+                        screen.print(
+                            f"[red]failed; {row.file} keeps what was measured on {record['date']}[/]", soft_wrap=True
+                        )
+                        record = measured
+                    else:
+                        record = write(folder / row.file, row, environment, measured)
                 else:
                     screen.print(f"\n{number}: skipped, finished on {record['date']} at this commit", soft_wrap=True)
                 show(record, screen)
@@ -56,8 +62,11 @@ def go_through(
                     found = True
     finally:
         for kind in ("decode", "prefill"):
-            if path := draw(folder, kind):
-                screen.print(f"wrote {path}", soft_wrap=True)
+            try:
+                if path := draw(folder, kind):
+                    screen.print(f"wrote {path}", soft_wrap=True)
+            except Exception as fault:  # the records are written: how the rows went is the exit code
+                screen.print(f"[red]{kind}.png is not drawn: {escape(one_line(fault))}[/]", soft_wrap=True)
     return int(found)
 
 

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fusepass.bench.results import Record, best, over_inductor, sound
+from fusepass.bench.results import Record, best, failed, over_inductor, sound
 
 
 def console() -> Console:
@@ -17,8 +17,8 @@ def console() -> Console:
 
 
 def show(record: Record, out: Console) -> None:
-    """Print a record's table; nothing for a row that failed."""
-    if "error" in record:
+    """Print a record's table; nothing for a row that failed, or whose modes all did."""
+    if failed(record):
         return
     prefill = record["tokens"] > 1
     ideal = "" if prefill else f", ideal {record['ideal_ms']:.3f} ms"

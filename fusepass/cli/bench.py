@@ -44,7 +44,9 @@ def bench(
 
     A row is one model at one shape; its modes run interleaved in one process. Each row is written as soon as it is
     measured, as JSON, and a row that the folder has for the same commit, versions, GPU and settings is skipped: after
-    a stop, the same command goes on. Options that may be repeated take several values: --batch 1 8.
+    a stop, the same command goes on. Otherwise it is measured and its record replaced, also where only --cache, --steps
+    or --rounds differ; modes that the record of the same settings has are measured again with those asked for. What
+    fails altogether replaces no figures. Options that may be repeated take several values: --batch 1 8.
     """
     require("transformers", "matplotlib", extra="bench")
     import torch

@@ -134,6 +134,41 @@ def test_another_commit_and_force_measure_again(tmp_path: Path, fake: Any) -> No
     assert len(seen) == 3
 
 
+def test_a_failure_does_not_replace_figures_but_is_said_and_tried_again(tmp_path: Path, fake: Any) -> None:
+    fake()
+    three(tmp_path)
+    kept = {path: path.read_text() for path in tmp_path.glob("*.json")}
+    everything = {mode.replace("-", "_"): {"error": "an illegal memory access"} for mode in MODES}
+    for trouble in ({"error": "an illegal memory access"}, measured(**everything)):
+        for more in (["--commit", "bbb"], ["--force"]):
+            seen = fake(*[trouble] * 3)
+            result = three(tmp_path, *more)
+            assert (result.exit_code, len(seen)) == (1, 3)
+            assert result.output.count("keeps what was measured on ") == 3
+            assert "an illegal memory access" in result.output
+            assert {path: path.read_text() for path in kept} == kept
+
+
+def test_a_mode_is_measured_together_with_those_the_record_has(tmp_path: Path, fake: Any) -> None:
+    def one(mode: str, *more: str) -> Result:
+        arguments = ("--model", "Qwen3-8B", "--mode", mode, *SMALL, *SAME, "--out", tmp_path)
+        return bench(*arguments, *more)
+
+    seen = fake()
+    three(tmp_path)
+    seen.clear()
+    together = "with eager, inductor, inductor-max-autotune, fusepass, fusepass-reduce-overhead, which the record has"
+    assert f"measure (without fusepass-max-autotune; {together})" in one("fusepass-max-autotune", "--dry-run").output
+    assert "1/1 Qwen3-8B decode, batch 1, context 8: without" in one("fusepass-max-autotune").output
+    assert [row.modes for row in seen] == [(*MODES, "fusepass-max-autotune")]
+    one("eager")
+    assert len(seen) == 1
+    assert "--force; with inductor, " in one("eager", "--force").output
+    assert [set(row.modes) for row in seen[1:]] == [set(MODES)]
+    assert "which the record has" not in one("eager", "--commit", "bbb").output  # they are of other code
+    assert seen[-1].modes == ("eager",)
+
+
 def test_wrong_logits_and_a_failed_mode_are_named_and_make_the_exit_code_1(tmp_path: Path, fake: Any) -> None:
     trouble = {"inductor": {"error": "no memory"}, "fusepass": {"wrong": True, "logits_error": 0.7}}
     fake(measured(**trouble))
@@ -159,6 +194,38 @@ def test_a_dry_run_says_what_would_be_measured_and_why_and_does_nothing(tmp_path
         "skip (finished)",
     ]
     assert not list(tmp_path.glob("*-b2-*.json"))
+
+
+FOREIGN = ["[]", '"x"', "3", "[1]", '{"modes": {"eager": {"ms": 1}}}', '{"model": "Qw']
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_file_that_is_no_record_counts_as_none_with_a_warning(
+    tmp_path: Path, fake: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = fake()
+    three(tmp_path)
+    (tmp_path / "decode.png").unlink()
+    own, foreign = tmp_path / seen[0].file, tmp_path / "decode-zzz.json"
+    own.write_text(text)
+    foreign.write_text(text)
+    seen.clear()
+    assert "measure (not measured yet)" in three(tmp_path, "--dry-run").output
+    caplog.clear()
+    assert three(tmp_path).exit_code == 0
+    assert caplog.messages == [f"{path} is ignored: it is no record of fusepass bench" for path in (own, foreign)]
+    assert [row.batch for row in seen] == [1]
+    assert json.loads(own.read_text())["batch"] == 1
+    assert foreign.read_text() == text
+    assert (tmp_path / "decode.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_does_not_change_the_exit_code(tmp_path: Path, fake: Any) -> None:
+    fake()
+    (tmp_path / "decode.png").mkdir()
+    result = three(tmp_path)
+    assert result.exit_code == 0
+    assert "decode.png is not drawn: IsADirectoryError: " in result.output
 
 
 def test_a_dry_run_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,17 @@ def test_a_file_that_cannot_be_read_counts_as_not_measured(tmp_path: Path) -> No
     assert read(tmp_path / "half.json") is None
 
 
+@pytest.mark.parametrize(
+    "change", [{"batch": "1"}, {"modes": []}, {"modes": {"eager": 1}}, {"modes": {"eager": {"ms": 1}}}, {"date": None}]
+)
+def test_a_record_with_other_contents_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    found = record(tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert read(path) == found
+    path.write_text(json.dumps(found | change))
+    assert read(path) is None
+
+
 def test_rows_that_would_share_a_file_are_refused_and_both_are_named() -> None:
     for two in (["a/m", "b/m"], ["Qwen3-0.6B", "Qwen/Qwen3-0.6B"]):
         with pytest.raises(ValueError, match=f"{two[0]} and {two[1]} would share the record prefill-"):
