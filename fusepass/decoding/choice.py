@@ -25,21 +25,38 @@ WARM_UP = 3
 """Choices before one is recorded: a CUDA graph takes longer to make than they take."""
 
 
+def _split(processors: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The processors before top-k, and those from it on, if these leave of the likeliest tokens what they leave of all.
+
+    Top-p and min-p do: they look at probabilities, which are the same without the tokens that have none. A min-p that
+    keeps several tokens does not: which of those that tie are kept hangs on how `torch.topk` goes through the row.
+    """
+    kinds = [type(processor) for processor in processors]
+    top_k = kinds.index(TopKLogitsWarper) if TopKLogitsWarper in kinds else len(kinds)
+    few = processors[top_k:]
+    if (
+        set(kinds[top_k + 1 :]) <= {TopPLogitsWarper, MinPLogitsWarper}
+        and all(processor.filter_value == -math.inf for processor in few)
+        and all(processor.min_tokens_to_keep == 1 for processor in few if type(processor) is MinPLogitsWarper)
+    ):
+        return processors[:top_k], few
+    return processors, []
+
+
 def _settings(processors: list[Any]) -> dict[str, Any] | None:
     """What `sample` takes, if these processors are what it computes: top-k, perhaps with a temperature before and top-p
     and min-p behind it, in this order."""
     order = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
     found: dict[type, Any] = {type(processor): processor for processor in processors}
-    if TopKLogitsWarper not in found or list(map(type, processors)) != [kind for kind in order if kind in found]:
-        return None
-    if any(getattr(processor, "filter_value", -math.inf) != -math.inf for processor in processors):
+    _, few = _split(processors)
+    if not few or list(map(type, processors)) != [kind for kind in order if kind in found]:
         return None
     temperature, _, top_p, min_p = (found.get(kind) for kind in order)
     return {
         "temperature": temperature.temperature if temperature else 1.0,
         "top_k": found[TopKLogitsWarper].top_k,
         "top_p": (top_p.top_p, top_p.min_tokens_to_keep) if top_p else None,
-        "min_p": (min_p.min_p, min_p.min_tokens_to_keep) if min_p else None,
+        "min_p": min_p.min_p if min_p else None,
     }
 
 
@@ -56,18 +73,11 @@ class Choice:
 
     def __init__(self, processors: LogitsProcessorList, sample: bool) -> None:
         self.sample = sample
-        self.whole, self.few = list(processors), []
-        kinds = [type(processor) for processor in processors]
-        self.recordable = sample and set(kinds) <= OF_LOGITS_ALONE
-        self.settings = _settings(self.whole) if sample else None
+        self.whole, self.few = _split(list(processors)) if sample else (list(processors), [])
+        self.recordable = sample and {type(processor) for processor in processors} <= OF_LOGITS_ALONE
+        self.settings = _settings(list(processors)) if sample else None
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        if sample and TopKLogitsWarper in kinds:
-            top_k = kinds.index(TopKLogitsWarper)
-            # These look at probabilities, which are the same without the tokens that have none.
-            drops = all(getattr(processor, "filter_value", None) == -math.inf for processor in processors[top_k:])
-            if drops and set(kinds[top_k + 1 :]) <= {TopPLogitsWarper, MinPLogitsWarper}:
-                self.whole, self.few = self.whole[:top_k], self.whole[top_k:]
 
     def widen(self) -> None:
         if self.settings:  # our kernels have room for fewer ties than torch takes
@@ -89,7 +99,7 @@ class Choice:
             graph.replay()
             out.copy_(self.chosen)
             return self.alarm
-        if self.sample or self.whole:
+        if self.sample or self.whole or logits.dtype == torch.float64:  # what differs in f64 may tie in f32
             logits = logits.to(torch.float32, copy=True)
         if self.sample:
             chosen, alarm = self._sampled(logits, tokens)
@@ -129,7 +139,9 @@ class Choice:
             return sampled
         for processor in self.whole:
             logits = processor(tokens.t(), logits)
-        if not self.few or logits.shape[1] <= (room := 2 * self.few[0].top_k + 64):
+        # On a CPU, `torch.sort` leaves it open which of the tokens that tie top-p drops: it must see the same row.
+        unstable = not logits.is_cuda and any(type(processor) is TopPLogitsWarper for processor in self.few)
+        if unstable or not self.few or logits.shape[1] <= (room := 2 * self.few[0].top_k + 64):
             for processor in self.few:
                 logits = processor(tokens.t(), logits)
             probs = torch.softmax(logits, -1)

@@ -72,7 +72,7 @@ def collect_kernel(
 @triton.jit
 def draw_kernel(
     maxima_ptr, values_ptr, indices_ptr, count_ptr, noise_ptr, chosen_ptr, alarm_ptr, V, chunks, k,
-    one_less_top_p, top_p_keeps, min_p, min_p_keeps,
+    one_less_top_p, top_p_keeps, min_p,
     CHUNKS: tl.constexpr, ROOM: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def draw_kernel(
         rest = tl.cumsum(weight / tl.sum(weight), 0, reverse=True)
         weight = tl.where((rest <= one_less_top_p) & (i >= top_p_keeps), 0.0, weight)
     if MIN_P:
-        weight = tl.where((weight < min_p * tl.max(weight)) & (i >= min_p_keeps), 0.0, weight)
+        weight = tl.where(weight < min_p * tl.max(weight), 0.0, weight)
     probability = weight / tl.sum(weight)
     noise = tl.load(noise_ptr + row.to(tl.int64) * V + index, weight > 0.0, other=1.0)
     score = tl.where(weight > 0.0, probability / noise, -1.0)
@@ -129,14 +129,14 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: tuple[float, int] | None,
-    min_p: tuple[float, int] | None,
+    min_p: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens, [B] int64, that maximise probability / noise among those that top-k, then top-p, then min-p leave of
     logits / temperature; and alarms, [B] f32: nan where some logit is nan or all are -inf, infinite where more than
     `ROOM` tokens reach the k-th largest of the chunks' maxima, so that the token may be wrong.
 
-    logits: [B, V] contiguous; noise: [B, V] f32, exponentially distributed (`torch.multinomial` draws so); top_p and
-    min_p: the threshold, and how many tokens stay whatever it is. `fits(B, V, top_k)` holds.
+    logits: [B, V] contiguous; noise: [B, V] f32, exponentially distributed (`torch.multinomial` draws so); top_p: the
+    threshold, and how many tokens stay whatever it is. `fits(B, V, top_k)` holds.
     """
     batch, vocabulary = logits.shape
     chunk = _chunk(vocabulary)
@@ -157,11 +157,11 @@ def sample(
         logits, maxima, values, indices, count, vocabulary, chunks, inverse, top_k,
         CHUNKS=pad, ROOM=ROOM, TILE=_TILE, **options,
     )  # fmt: skip
-    (p, p_keeps), (least, least_keeps) = top_p or (1.0, 0), min_p or (0.0, 0)
+    p, p_keeps = top_p or (1.0, 0)
     run(
         draw_kernel, (batch,),
         maxima, values, indices, count, noise, chosen, alarm, vocabulary, chunks, top_k,
-        1 - p, p_keeps, least, least_keeps,
+        1 - p, p_keeps, min_p or 0.0,
         CHUNKS=pad, ROOM=ROOM, TOP_P=top_p is not None, MIN_P=min_p is not None, **options,
     )  # fmt: skip
     return chosen, alarm

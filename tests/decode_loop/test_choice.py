@@ -28,6 +28,7 @@ PROCESSORS: list[list[LogitsProcessor]] = [
     [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20), TopPLogitsWarper(0.95)],
     [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20)],
     [TopKLogitsWarper(5), MinPLogitsWarper(0.1)],
+    [TopKLogitsWarper(20), MinPLogitsWarper(0.9, min_tokens_to_keep=5)],
     [TopPLogitsWarper(0.7)],
     [TopPLogitsWarper(0.7), TopKLogitsWarper(20)],
     [TopKLogitsWarper(20), RepetitionPenaltyLogitsProcessor(3.0)],
@@ -43,11 +44,8 @@ def choose(choice: Choice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("processors", PROCESSORS)
 def test_a_choice_is_multinomials_after_the_same_processors(processors: list[LogitsProcessor], device: str) -> None:
     choice = Choice(LogitsProcessorList(processors), sample=True)
-    # On a CPU, `torch.sort` leaves it open which of the tokens that tie top-p drops.
-    ties = device == "cuda" or not any(isinstance(processor, TopPLogitsWarper) for processor in processors)
     for seed in range(40):
-        logits = torch.randn(7, 2000, device=device) * 2
-        logits = logits.mul(4).round().div(4) if ties else logits
+        logits = torch.randn(7, 2000, device=device).mul(2 * 4).round().div(4)
         scores = LogitsProcessorList(processors)(torch.zeros(7, 3, dtype=torch.long, device=device), logits)
         torch.manual_seed(seed)
         want = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
@@ -58,8 +56,16 @@ def test_a_choice_is_multinomials_after_the_same_processors(processors: list[Log
         assert torch.isfinite(alarm).all()
 
 
+def test_the_likeliest_token_is_that_of_the_logits_in_f32() -> None:
+    logits = torch.zeros(1, 9, dtype=torch.float64)
+    logits[0, 5] = 1e-9 + 1
+    logits[0, 2] = 1
+    token, _ = choose(Choice(LogitsProcessorList([]), sample=False), logits)
+    assert token.item() == 2, "the first of a tie"
+
+
 def test_a_choice_of_too_few_among_ties_says_so_and_a_wide_one_is_right() -> None:
-    processors = LogitsProcessorList([TopKLogitsWarper(3), TopPLogitsWarper(0.9)])
+    processors = LogitsProcessorList([TopKLogitsWarper(3), MinPLogitsWarper(0.9)])
     logits = torch.zeros(2, 1000)
     logits[0] = torch.arange(1000)
     choice = Choice(processors, sample=True)
@@ -84,7 +90,7 @@ SETTINGS: list[list[LogitsProcessor]] = [
         TemperatureLogitsWarper(1.5),
         TopKLogitsWarper(128),
         TopPLogitsWarper(0.3, min_tokens_to_keep=4),
-        MinPLogitsWarper(0.5, min_tokens_to_keep=2),
+        MinPLogitsWarper(0.5),
     ],
 ]
 
@@ -147,6 +153,7 @@ def test_the_kernels_tell_where_there_is_no_distribution_or_too_many_tie(device:
         [TopPLogitsWarper(0.9), TopKLogitsWarper(20)],
         [TopKLogitsWarper(20), TopKLogitsWarper(5)],
         [TopKLogitsWarper(20, filter_value=-1e4)],
+        [TopKLogitsWarper(20), MinPLogitsWarper(0.1, min_tokens_to_keep=2)],
         [TopKLogitsWarper(20), RepetitionPenaltyLogitsProcessor(3.0)],
     ],
 )
