@@ -36,7 +36,11 @@ def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], r
         log.info("decode_loop: the forward of %s is not compiled on %s", type(model).__name__, first.device)
     fixed, moving = _inputs(model, model_kwargs, held, config.max_length - start)
     select = Choice(prepared["logits_processor"], config.do_sample)
-    ends = [part.eos_token_id.view(-1) for part in prepared["stopping_criteria"] if hasattr(part, "eos_token_id")]
+    ends = [
+        part.eos_token_id.view(-1).to(first.device)
+        for part in prepared["stopping_criteria"]
+        if hasattr(part, "eos_token_id")
+    ]
     eos = torch.cat(ends) if ends else None
     # A row for each position: what a step reads and what it writes are contiguous.
     tokens = first.new_empty(config.max_length, batch)
@@ -46,10 +50,13 @@ def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], r
     length = start
     with getattr(model, "_optimize_model_for_decode", nullcontext)():
         while True:
-            stopped = results.read(run_ahead if length < config.max_length else 0)
-            if stopped and (surplus := results.undo()):
-                length -= surplus
-                _crop(cache, held + length - start)
+            stopped: str | None = "failed"  # as when the streamer raises
+            try:
+                stopped = results.read(run_ahead if length < config.max_length else 0)
+            finally:
+                if stopped and (surplus := results.undo()):
+                    length -= surplus
+                    _crop(cache, held + length - start)
             if stopped == "tied":
                 select.widen()
                 unfinished = torch.tensor(results.alive, device=first.device)
@@ -97,8 +104,8 @@ class Results:
 
     def __init__(self, first: Tensor, eos: Tensor | None, run_ahead: int, streamer: Any, sample: bool) -> None:
         slots, cuda = run_ahead + 1, first.is_cuda
-        self.tokens = torch.empty(slots, len(first), dtype=torch.long, pin_memory=cuda)
-        self.alarms = torch.zeros(slots, len(first), pin_memory=cuda)
+        self.tokens = torch.empty(slots, len(first), dtype=torch.long, device="cpu", pin_memory=cuda)
+        self.alarms = torch.zeros(slots, len(first), dtype=torch.float, device="cpu", pin_memory=cuda)
         self.events = [torch.cuda.Event() for _ in range(slots)] if cuda else []
         self.eos = frozenset(() if eos is None else eos.tolist())
         self.alive = [True] * len(first)
@@ -144,7 +151,7 @@ class Results:
 
     def undo(self) -> int:
         """Forget the tokens on their way, and the random numbers drawn for them; how many these are."""
-        if self.pending and self.generator:
+        if self.pending and self.generator and self.state is not None:
             self.generator.set_state(self.state)
         surplus = len(self.pending)
         self.pending.clear()

@@ -14,6 +14,7 @@ from transformers import (
     CompileConfig,
     PreTrainedModel,
 )
+from transformers.generation import EosTokenCriteria
 
 import fusepass
 from tests.decode_loop.common import CHECKPOINT, TEXTS, ends_at
@@ -68,6 +69,20 @@ def test_on_a_gpu_running_ahead_changes_neither_samples_nor_the_random_state(on_
         tokens, state = sample(run_ahead)
         assert torch.equal(tokens, waiting)
         assert state == after
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_ends_of_a_criterion_may_be_given_on_the_host(on_gpu: Any, tokenize: Any, reasons: Any) -> None:
+    inputs = tokenize(TEXTS[0]).to("cuda")
+    free = on_gpu.generate(**inputs, max_new_tokens=12, disable_compile=True)
+    ends = ends_at(free, inputs["input_ids"].shape[1], 7)
+
+    def generated(**way: Any) -> Tensor:
+        criteria = [EosTokenCriteria(torch.tensor(ends))]  # Hugging Face's loop moves it
+        return on_gpu.generate(**inputs, max_new_tokens=12, stopping_criteria=criteria, **way)
+
+    assert torch.equal(generated(custom_generate=fusepass.decode_loop()), generated(disable_compile=True))
+    assert not reasons()
 
 
 def qwen3_0_6b() -> PreTrainedModel:

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import StaticCache
 
 import fusepass
-from tests.decode_loop.common import RUN_AHEAD, STATIC, TEXTS, Scripted
+from fusepass.decoding.steps import Results
+from tests.decode_loop.common import RUN_AHEAD, STATIC, TEXTS, Recorder, Scripted, kv
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -86,7 +89,7 @@ def test_an_end_that_was_undone_ends_nothing(
     raise AssertionError("no seed drew a token in step 4 that ends nothing")
 
 
-def test_probabilities_that_are_nan_are_the_error_of_hugging_face(
+def test_probabilities_that_are_nan_are_the_error_of_hugging_face_and_leave_its_random_state(
     model: Any, tokenize: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**tokenize(TEXTS[0]), "max_new_tokens": 9, "do_sample": True, "cache_implementation": "static"}
@@ -95,7 +98,46 @@ def test_probabilities_that_are_nan_are_the_error_of_hugging_face(
     for loop in (None, fusepass.decode_loop(run_ahead=2)):
         with monkeypatch.context() as patch:
             Scripted(model, lambda i: torch.full((1, 264), float("nan") if i > 3 else 1.0), patch)
+            torch.manual_seed(4)
             with pytest.raises(RuntimeError) as error:
                 model.generate(**settings, custom_generate=loop)
-            messages.append(str(error.value))
+            messages.append((str(error.value), torch.rand(1).item()))
     assert messages[0] == messages[1]
+
+
+class Enough(Exception):
+    pass
+
+
+class Stopping(Recorder):
+    """A streamer whose user has read enough."""
+
+    def put(self, value: Tensor) -> None:
+        super().put(value)
+        if len(self.pieces) == 5:
+            raise Enough
+
+
+def test_a_streamer_that_raises_finds_random_state_and_cache_as_hugging_face_leaves_them(
+    model: Any, tokenize: Any, reasons: Any
+) -> None:
+    inputs = tokenize(TEXTS[0])
+    left = []
+    for custom in (False, True):
+        cache, streamer = StaticCache(config=model.config, max_cache_len=60), Stopping()
+        way = {"custom_generate": fusepass.decode_loop(streamer, run_ahead=3)} if custom else {"streamer": streamer}
+        torch.manual_seed(4)
+        with pytest.raises(Enough):
+            model.generate(**inputs, max_new_tokens=20, do_sample=True, past_key_values=cache, **way)
+        left.append((streamer.pieces, torch.rand(1).item(), int(cache.get_seq_length()), kv(cache)))
+    theirs, ours = left
+    assert ours[:3] == theirs[:3]
+    torch.testing.assert_close(ours[3], theirs[3])
+    assert not reasons()
+
+
+def test_tokens_are_read_on_the_host_whatever_the_default_device_is() -> None:
+    token = torch.tensor([7])
+    with torch.device("meta"):
+        results = Results(token, token, run_ahead=0, streamer=None, sample=False)
+    assert results.read(0) == "ended"
