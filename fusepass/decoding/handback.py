@@ -102,7 +102,7 @@ def _of_the_inputs(
             return f"'{name}' is passed to the model"
     cache = model_kwargs.get("past_key_values")
     layers: Any
-    if ours := is_ours_to_choose(cache):
+    if ours := is_ours_to_choose(cache, config):
         if config.cache_implementation not in (None, "static"):
             return f"cache_implementation is {config.cache_implementation!r}"
         layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
@@ -132,10 +132,12 @@ def _of_the_inputs(
     return None
 
 
-def is_ours_to_choose(cache: Any) -> bool:
-    """Whether `generate` made `cache` for this call, so that another may take its place; False where transformers does
-    not tell."""
-    return CACHES_ARE_MARKED and cache is not None and not getattr(cache, "_is_user_defined", False)
+def is_ours_to_choose(cache: Any, config: GenerationConfig) -> bool:
+    """Whether `generate` made `cache` for this call alone, so that another may take its place; False where transformers
+    does not tell."""
+    if not CACHES_ARE_MARKED or cache is None or config.return_dict_in_generate:
+        return False
+    return not getattr(cache, "_is_user_defined", False)
 
 
 def prompt_length(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int | None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import math
 import weakref
 from typing import Any
 
@@ -28,8 +29,8 @@ class DecodeLoop:
     """`model.generate(**inputs, custom_generate=decode_loop())`: greedy decoding and sampling without waiting.
 
     The tokens are those of Hugging Face's loop, in sampling for the same seed too: it draws the same random numbers for
-    the same logits. Unless the user gives a cache or names one that is not static, the loop brings a static one, and
-    keeps it for the next call of the same model and batch size; it is freed with the loop.
+    the same logits. Unless the user gives a cache, has it returned or names one that is not static, the loop brings a
+    static one, and keeps it for the next call of the same model and batch size; it is freed with the loop.
 
     streamer: an object with `put` and `end`. Give it here, not to `generate`, which does not hand it on.
     run_ahead: how many tokens may be on their way when the host reads one, and so how many surplus steps are taken (and
@@ -76,11 +77,12 @@ class DecodeLoop:
 
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        ours = is_ours_to_choose(model_kwargs["past_key_values"])
-        if ours:
-            kept = self._take_cache(model, input_ids.shape[0], generation_config.max_length - 1)
-            model_kwargs["past_key_values"] = kept[1]
         config = prepared["generation_config"] = copy.copy(generation_config)
+        config.max_length = math.ceil(config.max_length)  # Hugging Face's loop takes any number
+        ours = is_ours_to_choose(model_kwargs["past_key_values"], config)
+        if ours:
+            kept = self._take_cache(model, input_ids.shape[0], config)
+            model_kwargs["past_key_values"] = kept[1]
         config.return_dict_in_generate = False
         if input_ids.is_cuda and config.compile_config is None:
             config.compile_config = CompileConfig(backend="fusepass")
@@ -119,12 +121,19 @@ class DecodeLoop:
             own["inputs_tensor"] = inputs_tensor
         return loop(model, **prepared, **own, **model_kwargs)
 
-    def _take_cache(self, model: Any, batch: int, need: int) -> tuple[Any, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the settings, and will have a cache of its own."""
+        return {**self.__dict__, "_kept": None}
+
+    def _take_cache(self, model: Any, batch: int, generation_config: GenerationConfig) -> tuple[Any, Any]:
         """The kept cache, emptied, or else a new one; and what calls it fits. Until the call has ended it is not kept:
         no two threads share it. CUDA graphs belong to its address: with another, Inductor records anew, 128 times."""
-        device = model.device
-        circumstances = torch.is_autocast_enabled(device.type), torch.is_inference_mode_enabled()
-        key = weakref.ref(model), batch, device, model.dtype, *circumstances
+        config = model.config.get_text_config(decoder=True)
+        modes = model.device, model.dtype, torch.is_inference_mode_enabled()
+        key = weakref.ref(model), config.num_hidden_layers, batch, *modes
+        need = generation_config.max_length - 1
+        if generation_config.cache_implementation == "static":  # as `generate` sizes its own
+            need = max(need, getattr(generation_config, "max_cache_len", None) or 0)
         kept, self._kept = self._kept, None
         length = max(self.cache_length or 256, kept[1].layers[0].max_cache_len if kept else 0)
         if kept is not None and kept[0] == key and need <= length:
@@ -132,4 +141,4 @@ class DecodeLoop:
             return kept
         del kept  # so that its memory is free for the new one
         length = length if need <= length else 1 << (need - 1).bit_length()
-        return key, StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+        return key, StaticCache(config=config, max_cache_len=length)

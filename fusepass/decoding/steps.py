@@ -161,6 +161,8 @@ class Results:
 def _crop(cache: Any, length: int) -> None:
     """Forget what the cache holds beyond `length` tokens, in place. transformers 4 counts what is not zero."""
     for layer in cache.layers:
+        if layer.keys is None:  # the model has fewer layers than its config
+            continue
         layer.keys[:, :, length:] = 0
         layer.values[:, :, length:] = 0
         if hasattr(layer, "cumulative_length"):

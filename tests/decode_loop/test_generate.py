@@ -1,10 +1,12 @@
 """Through `generate`, the loop gives what Hugging Face's own gives, and one graph with everything fused."""
 
+import pickle
 import re
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -30,6 +32,14 @@ def test_greedy_tokens_of_one_prompt_are_those_of_hugging_face(
     ours = model.generate(**inputs, max_new_tokens=count, custom_generate=loop, **STATIC)
     assert ours.shape[1] == inputs["input_ids"].shape[1] + count
     assert torch.equal(ours, plain)
+    assert not reasons()
+
+
+@pytest.mark.parametrize("count", [12.0, 11.5, np.int64(12), torch.tensor(12)])
+def test_a_length_may_be_any_number(count: Any, model: Any, tokenize: Any, reasons: Any) -> None:
+    inputs, loop = tokenize(TEXTS[0]), fusepass.decode_loop(cache_length=8)
+    plain = model.generate(**inputs, max_new_tokens=count)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=count, custom_generate=loop, **STATIC), plain)
     assert not reasons()
 
 
@@ -165,20 +175,38 @@ def test_the_cache_is_kept_for_the_next_call_unless_the_user_has_it(model: Any, 
     assert torch.equal(first, plain[2])
     assert torch.equal(second, plain[0])  # nothing of the longer prompt is left
 
-    output, none = call(TEXTS[1], return_dict_in_generate=True)
-    assert none == []
-    third, new = call(TEXTS[0])
-    assert all(a is b for a, b in zip(kv(output.past_key_values), kept, strict=True))
-    assert not any(a is b for a in new for b in kept)
-    assert torch.equal(third, plain[0])
+    static = {"return_dict_in_generate": True, "cache_implementation": "static"}
+    theirs = model.generate(**tokenize(TEXTS[1]), max_new_tokens=3, **static).past_key_values
+    output, again = call(TEXTS[1], **static)
+    assert [item.shape for item in kv(output.past_key_values)] == [item.shape for item in kv(theirs)]
+    assert not any(a is b for a in kv(output.past_key_values) for b in kept)
+    assert all(a is b for a, b in zip(again, kept, strict=True))
+    assert torch.equal(call(TEXTS[0])[0], plain[0])
 
     assert [call(TEXTS[0], TEXTS[1])[1][0].shape[i] for i in (0, 2)] == [2, 36]
     assert call(TEXTS[0], count=26)[1][0].shape[2] == 64
     assert call(TEXTS[0])[1][0].shape[2] == 64  # and not back: a new length compiles anew
+    assert call(TEXTS[0], max_cache_len=100)[1][0].shape[2] == 64  # as `generate`, which sizes static caches by it
+    assert call(TEXTS[0], max_cache_len=100, cache_implementation="static")[1][0].shape[2] == 128
+    copied = pickle.loads(pickle.dumps(loop))
+    assert (copied.cache_length, copied._kept) == (36, None)
     loop = fusepass.decode_loop()
     with torch.inference_mode():
         call(TEXTS[0])
     assert torch.equal(call(TEXTS[0])[0], plain[0])  # a tensor of inference mode may not be written outside of it
+
+
+def test_a_model_whose_layers_become_fewer_or_more(reasons: Any) -> None:
+    model, tokens, loop = small_qwen3(2), torch.randint(1, 152, (1, 6)), fusepass.decode_loop(run_ahead=3)
+    layers = model.model.layers
+    for depth, configured in ((1, 2), (1, 1), (2, 2)):
+        model.model.layers = layers[:depth]
+        model.config.num_hidden_layers, model.config.layer_types = configured, ["full_attention"] * configured
+        free = model.generate(tokens, max_new_tokens=9)
+        settings = {"max_new_tokens": 9, "eos_token_id": ends_at(free, 6, 3)}
+        plain = model.generate(tokens, **settings)
+        assert torch.equal(model.generate(tokens, **settings, custom_generate=loop, **STATIC), plain)
+    assert not reasons()
 
 
 def test_eager_attention_hides_the_same_padding(model: Any, tokenize: Any, reasons: Any) -> None:
