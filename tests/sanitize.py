@@ -58,7 +58,7 @@ def run_sampling() -> None:
     """Of a vocabulary that is no multiple of a tile; in the last row more numbers are equal than there is room for."""
     logits = torch.randn(3, 5003, device=DEVICE)
     logits[2, 7 : 7 + 2 * sampling.ROOM] = 9.0
-    tokens, alarm = sampling.sample(logits, torch.rand_like(logits) + 0.1, 0.7, 9, (0.9, 1), (0.05, 1))
+    tokens, alarm = sampling.sample(logits, torch.rand_like(logits) + 0.1, 0.7, 9, (0.9, 1), 0.05)
     assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
     assert alarm.isinf().tolist() == [False, False, True]
 

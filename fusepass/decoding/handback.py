@@ -1,9 +1,11 @@
 """What the loop leaves to Hugging Face's, because it could not do exactly the same."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StaticCache
 from transformers.cache_utils import StaticLayer
@@ -56,6 +58,10 @@ def obstacle(model: Any, prepared: Mapping[str, Any], model_kwargs: Mapping[str,
 def _of_the_model(model: Any, input_ids: Tensor) -> str | None:
     if model.config.is_encoder_decoder:
         return "the model has an encoder"
+    if model.training:  # dropout draws random numbers, in surplus steps too
+        return f"{type(model).__name__} is in training mode"
+    if torch.is_grad_enabled():  # the kept cache would hold the graph of all calls
+        return "gradients are enabled"
     for name in METHODS:
         if getattr(getattr(model, name), "__func__", None) is not getattr(GenerationMixin, name):
             return f"{type(model).__name__} has its own {name}"
@@ -68,6 +74,8 @@ def _of_the_model(model: Any, input_ids: Tensor) -> str | None:
         return "the model is spread over several devices"
     if input_ids.device.type not in ("cuda", "cpu") or input_ids.device != model.device:
         return f"the tokens are on {input_ids.device} and the model on {model.device}"
+    if torch.is_autocast_enabled(model.device.type):  # keys in f32 and values in bf16 do not fit one static cache
+        return "autocast is enabled"
     if model._extract_generation_mode_kwargs(None, {}, None, None, None)["synced_gpus"]:
         return "FSDP or ZeRO-3 needs every process to take every step"
     return None
@@ -87,8 +95,9 @@ def _of_the_request(
     for part in (*logits_processor, *stopping_criteria):
         if type(part) not in PROCESSORS | CRITERIA:
             return f"{type(part).__name__} is not known to be a function of the tokens alone"
-    if stopping_criteria.max_length != config.max_length:
-        return f"a criterion stops at {stopping_criteria.max_length} tokens and max_length is {config.max_length}"
+    for part in stopping_criteria:
+        if type(part) is criteria.MaxLengthCriteria and part.max_length != config.max_length:
+            return f"a criterion stops at {part.max_length} tokens and max_length is {config.max_length}"
     if config._pad_token_tensor is None and any(type(part) is criteria.EosTokenCriteria for part in stopping_criteria):
         return "there is no token to pad with"
     return None
@@ -100,13 +109,17 @@ def _of_the_inputs(
     for name, item in model_kwargs.items():
         if item is not None and name not in INPUTS:
             return f"'{name}' is passed to the model"
+    text = model.config.get_text_config(decoder=True)
+    pad = config._pad_token_tensor
+    # Rows that have ended are fed it: in surplus steps all of them.
+    if pad is not None and len(input_ids) > 1 and not 0 <= int(pad) < text.vocab_size:
+        return f"the model has no embedding for the pad token, {int(pad)}"
     cache = model_kwargs.get("past_key_values")
     layers: Any
     if ours := is_ours_to_choose(cache, config):
         if config.cache_implementation not in (None, "static"):
             return f"cache_implementation is {config.cache_implementation!r}"
-        layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
-        past = 0
+        layers, past = StaticCache(config=text, max_cache_len=1).layers, 0
     elif type(cache) is not StaticCache:
         return f"the cache is a {type(cache).__name__}, not a static one (cache_implementation='static')"
     elif cache.offloading:
@@ -116,6 +129,8 @@ def _of_the_inputs(
     if layer := next((layer for layer in layers if type(layer) is not StaticLayer), None):
         return f"a layer of the cache is a {type(layer).__name__}"
 
+    if past and getattr(config, "prefill_chunk_size", None):  # Hugging Face's loop feeds those in the cache again
+        return f"the prompt comes in chunks, with {past} tokens in the cache"
     mask, given, length = model_kwargs.get("attention_mask"), input_ids.shape[1], prompt_length(config, model_kwargs)
     if length is None:
         return "there is no attention mask of two dimensions"
@@ -124,6 +139,10 @@ def _of_the_inputs(
     if mask is not None and not mask[:, -1].all():
         return "the prompts are padded on the right"
     need = length + config.max_length - given - 1
+    # Surplus steps would look up positions that are not there, or change those of a dynamic rotary embedding; Hugging
+    # Face's loop warns; and who sets no limit wants no cache of that length.
+    if need > (most := getattr(text, "max_position_embeddings", None) or math.inf):
+        return f"the model has {most} positions, and {need} may come"
     if not ours and layers[0].max_cache_len < need:
         return f"the cache has room for {layers[0].max_cache_len} tokens, and {need} may come"
     # The releases that have this argument do not count given positions on.

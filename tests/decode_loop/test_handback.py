@@ -1,8 +1,11 @@
 """What the loop can not do exactly it hands back: result or error are Hugging Face's, and the reason is logged."""
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
 )
+from transformers.generation import MaxLengthCriteria
 
 import fusepass
 from tests.decode_loop.common import STATIC, TEXTS, Recorder
@@ -29,6 +33,7 @@ class Enough(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] > 25)
 
 
+TWO: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
 HANDED_BACK: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 3}, "generation mode is beam_search"),
     "beams, sampled": ({"num_beams": 2, "do_sample": True}, "generation mode is beam_sample"),
@@ -39,6 +44,14 @@ HANDED_BACK: dict[str, tuple[dict[str, Any], str]] = {
     "known, but reads tokens on the host": ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
     "own criterion": ({"stopping_criteria": [Enough()]}, "Enough"),
     "time limit": ({"max_time": 60.0}, "MaxTimeCriteria"),
+    "several lengths": (
+        {"max_new_tokens": None, "max_length": 30, "stopping_criteria": [MaxLengthCriteria(30), MaxLengthCriteria(12)]},
+        "stops at 12 tokens and max_length is 30",
+    ),
+    "no limit": ({"max_new_tokens": 10**9, "eos_token_id": ord(" ")}, "512 positions"),
+    "a pad token beyond the embedding": ({"pad_token_id": 5000, **TWO}, "pad token, 5000"),
+    "a pad token that is a label": ({"pad_token_id": -100, **TWO}, "pad token, -100"),
+    "a returned cache": ({"return_dict_in_generate": True}, "DynamicCache"),
     "dynamic cache": ({"cache_implementation": "dynamic"}, "dynamic|DynamicCache"),
     "no cache": ({"use_cache": False}, "use_cache"),
 }
@@ -53,7 +66,7 @@ def test_what_the_loop_can_not_do_is_handed_back_with_the_reason(
     results = []
     for loop in (None, fusepass.decode_loop()):
         torch.manual_seed(2)
-        results.append(model.generate(**inputs, max_new_tokens=8, **settings, custom_generate=loop))
+        results.append(model.generate(**{**inputs, "max_new_tokens": 8, **settings}, custom_generate=loop))
     plain, ours = results
     assert type(ours) is type(plain)
     if isinstance(plain, Tensor):
@@ -65,21 +78,70 @@ def test_what_the_loop_can_not_do_is_handed_back_with_the_reason(
     assert re.search(reason, given)
 
 
+@contextmanager
+def training(model: Any) -> Iterator[None]:
+    model.train()
+    yield
+    model.eval()
+
+
+def gradients(model: Any) -> AbstractContextManager[Any]:
+    """Those who learn a prompt call `generate` without its `no_grad`."""
+    return mock.patch.object(type(model), "generate", inspect.unwrap(type(model).generate))
+
+
+def autocast(_: Any) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "reason"),
+    [(training, "in training mode"), (gradients, "gradients are enabled"), (autocast, "autocast is enabled")],
+)
+def test_surroundings_in_which_it_would_not_be_the_same_are_handed_back(
+    surroundings: Any, reason: str, model: Any, tokenize: Any, reasons: Any
+) -> None:
+    inputs = tokenize(TEXTS[1])
+    with surroundings(model):
+        plain = model.generate(**inputs, max_new_tokens=6)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, custom_generate=fusepass.decode_loop()), plain)
+    assert reason in reasons()[0]
+
+
+@pytest.mark.parametrize(("length", "handed_back"), [(17, False), (18, True)])  # the last token is not fed
+def test_a_call_for_more_positions_than_the_model_has_is_handed_back(
+    length: int, handed_back: bool, reasons: Any
+) -> None:
+    model, tokens = small_qwen3(1, max_position_embeddings=16), torch.randint(1, 152, (1, 6))
+    plain = model.generate(tokens, max_length=length, **STATIC)
+    loop = fusepass.decode_loop()
+    assert torch.equal(model.generate(tokens, max_length=length, custom_generate=loop, **STATIC), plain)
+    assert [re.search("16 positions, and 17", reason) is not None for reason in reasons()] == [True] * handed_back
+
+
 def test_inputs_the_loop_does_not_know_are_handed_back(model: Any, tokenize: Any, reasons: Any) -> None:
+    def filled() -> StaticCache:
+        cache = StaticCache(config=model.config, max_cache_len=60)
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        return cache
+
     inputs, padded = tokenize(TEXTS[1]), tokenize(TEXTS[1], TEXTS[1])
+    more = {"inputs": inputs["input_ids"].repeat(1, 3)}
     padded["attention_mask"][1, -2:] = 0
     cases: list[Callable[[], dict[str, Any]]] = [
         lambda: {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])},
         lambda: {**padded, "cache_implementation": "static"},
         lambda: {**inputs, "past_key_values": DynamicCache(config=model.config)},
+        lambda: {**more, "past_key_values": filled(), "prefill_chunk_size": 4},
     ]
     for case in cases:
         plain = model.generate(**case(), max_new_tokens=6)
         assert torch.equal(model.generate(**case(), max_new_tokens=6, custom_generate=fusepass.decode_loop()), plain)
-    for reason, word in zip(reasons(), ("inputs_embeds", "right", "DynamicCache"), strict=True):
+    for reason, word in zip(reasons(), ("inputs_embeds", "right", "DynamicCache", "in chunks"), strict=True):
         assert word in reason
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")
 def test_a_model_of_another_kind_is_handed_back(
     model: Any, tokenize: Any, reasons: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +155,7 @@ def test_a_model_of_another_kind_is_handed_back(
             "has its own prepare_inputs",
         ),
         ("_can_compile_fullgraph", False, "can not be compiled with a static cache"),
+        ("device", torch.device("meta"), "and the model on meta"),
         ("hf_device_map", {"model.layers.0": "cpu", "model.layers.1": "disk"}, "several devices"),
     ):
         with monkeypatch.context() as patch:
