@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fusepass import validity
 from fusepass.fusion import Fusion, Match, Refused, fusions
@@ -156,10 +157,14 @@ def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Sur
     """Check `match` and replace it by its op. Returns the op's node; raises `Refused` with nothing changed."""
     overload, arguments = fusion.rewrite(match, high)
     nodes = [arg for arg in arguments if isinstance(arg, Node)]
-    validity.check(match, around, nodes)
-    fusion.check(match)
-    results = _fake_results(overload, arguments)
-    validity.check_layout(match, results)
+    try:
+        validity.check(match, around, nodes)
+        fusion.check(match)
+        results = _fake_results(overload, arguments)
+        validity.check_layout(match, results)
+    except GuardOnDataDependentSymNode as unknown:
+        reason = f"whether the op fits hangs on a size that only the data decides: {unknown.cond}"
+        raise Refused("shape", reason) from unknown
 
     point = validity.insertion_point(match, nodes, around)
     while point.next.op == "placeholder":

@@ -24,6 +24,7 @@ from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
 from fusepass.graph import argument, described, half_of, is_op, is_transpose, operands, value
 from fusepass.linear import Linear, check_linear, find_linear
+from fusepass.ops.library import broadcasts
 from fusepass.patterns.norm_gated_mlp import find_input_norm
 from fusepass.patterns.rms_norm import RMSNorm, check_rms_norm, find_rms_norm
 
@@ -250,7 +251,7 @@ class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
         for node in (match.q_rope.cos, match.q_rope.sin):
             shape = value(node).shape
             fits = len(shape) == 4 and shape[1] == 1 and shape[3] == q[3]
-            if not (fits and (shape[0] == 1 or shape[0] == batch) and (shape[2] == 1 or shape[2] == seq)):
+            if not (fits and broadcasts(shape[0], batch) and broadcasts(shape[2], seq)):
                 raise Refused(
                     "shape", f"'{node.name}' is {tuple(shape)}; expected [1 or {batch}, 1, {seq}, {q[3]}]", node
                 )

@@ -459,6 +459,21 @@ def test_an_op_with_other_strides_is_refused_but_not_where_they_mean_nothing(reg
     refusal(run(lambda x: x.sigmoid() * x, x)[0], "swish", "strides", r"strides \(20, 100, 1\)")
 
 
+def test_a_check_that_asks_for_a_size_that_only_the_data_decides_refuses_its_site_and_no_other(
+    register: Callable[..., None],
+) -> None:
+    """With anything else that a check may raise, the whole graph stays as it was."""
+    register("torch.ops.aten.silu.default", {".dim() != 3": ".shape[0] > 9"})
+    x = hidden()
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    report, _ = run(lambda x, y: (x.sigmoid() * x, y.sigmoid() * y), x, hidden())
+    sites = [(site.fused, site.code, site.reason) for site in report.sites]
+    assert sites == [
+        (False, "shape", "whether the op fits hangs on a size that only the data decides: u0 > 9"),
+        (True, None, None),
+    ]
+
+
 def test_a_region_that_writes_its_own_input_is_refused(register: Callable[..., None]) -> None:
     """The op would not."""
     in_place = {

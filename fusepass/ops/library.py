@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.kernels import KernelUnavailable
 
@@ -77,6 +78,12 @@ def expect(condition: bool, op: str, argument: str, value: Tensor, expected: str
             f"fusepass::{op}: argument '{argument}' is {value.dtype} of shape {tuple(value.shape)} "
             f"and strides {value.stride()} on {value.device}; expected {expected}"
         )
+
+
+def broadcasts(size: int | torch.SymInt, wanted: int | torch.SymInt) -> bool:
+    """Whether a dimension of `size` is known to broadcast to `wanted`. To ask a symbolic size for more would guard on
+    it, or raise where only the data will tell."""
+    return any(statically_known_true(size == known) for known in (1, wanted))
 
 
 def expect_activation(op: str, argument: str, x: Tensor, ndim: int | None = None) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusepass.ops import rms_norm
-from fusepass.ops.library import define, expect, expect_activation, expect_parameter
+from fusepass.ops.library import broadcasts, define, expect, expect_activation, expect_parameter
 from fusepass.ops.project import as_rows, project
 
 OP = "norm_qkv_rope"
@@ -101,7 +101,7 @@ def check_projection(
     expect_parameter(op, "k_norm_weight", k_norm_weight, x, head_dim)
     for name, table in (("cos", cos), ("sin", sin)):
         same = table.dim() == 4 and table.shape[1] == 1 and table.shape[3] == head_dim
-        same = same and table.shape[0] in (1, x.shape[0]) and table.shape[2] in (1, x.shape[1])
+        same = same and all(broadcasts(table.shape[i], x.shape[i // 2]) for i in (0, 2))
         same = same and table.dtype == x.dtype and table.device == x.device
         expect(same, op, name, table, f"{x.dtype} broadcastable to [{x.shape[0]}, 1, {x.shape[1]}, {head_dim}]")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusepass.ops import OPS
 from tests.ops.gate import CASES, FORM_CASES, HIGH_CASES, Case, assert_as_exact_as_eager, assert_keeps_f32, rms_error
 from tests.ops.sites import SITES, Sizes, Tensors, sample
 from tests.ops.test_contract import launch, reference
@@ -112,3 +113,15 @@ def test_rotary_tables_may_have_any_form(form: str, names: tuple[str, ...]) -> N
     arguments |= {name: TABLES[form](arguments[name]) for name in names}
     for got, want in zip(launch("norm_qkv_rope", arguments, "skinny"), reference("norm_qkv_rope", arguments)):
         assert rms_error(got, want.double()) < 5e-3
+
+
+def test_a_number_of_tokens_that_only_the_data_decides_is_traced() -> None:
+    arguments = sample("norm_qkv_rope", 2, 3)
+    torch._dynamo.decorators.mark_unbacked(arguments["x"], 1)
+
+    def call(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = (table[:, :, :1].expand(-1, -1, x.shape[1], -1) for table in (cos, sin))
+        return OPS["norm_qkv_rope"].overload(*(arguments | {"x": x, "cos": cos, "sin": sin}).values())
+
+    inputs = (arguments[name] for name in ("x", "cos", "sin"))
+    assert [out.shape[2] for out in torch.compile(call, backend="eager", fullgraph=True)(*inputs)] == [3, 3, 3]
