@@ -6,6 +6,7 @@ method, function or operator; either operand order. What a tensor is (shape, dty
 """
 
 import operator
+import re
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -291,8 +292,13 @@ def module_path(node: Node) -> str:
 def source_line(node: Node) -> str:
     """The user's line that made `node`: "file.py:42, in forward: code"; "" if Dynamo recorded none."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not frames or frames[-1] + 1 >= len(lines):
+    frames = [(i, frame) for i, line in enumerate(lines) if (frame := _FRAME.fullmatch(line))]
+    if not frames or frames[-1][0] + 1 >= len(lines):
         return ""
-    file, line, function = lines[frames[-1]].split(", ", 2)
-    return f"{file[6:-1]}:{line.removeprefix('line ')}, {function}: {lines[frames[-1] + 1]}"
+    i, frame = frames[-1]
+    file, line, function = frame.groups()
+    return f"{file}:{line}, in {function}: {lines[i + 1]}"
+
+
+_FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
+"""The line of a stack trace above a line of source."""

@@ -275,6 +275,21 @@ def test_the_source_of_a_node_is_the_users_line() -> None:
     assert source == f"{__file__}:{line}, in twice: return x * 2  # the line"
 
 
+def test_a_source_line_that_begins_as_a_line_of_a_stack_trace_is_the_source() -> None:
+    def net(x: Tensor) -> Tensor:
+        File = x * 2
+        return File
+
+    assert graph.source_line(result(net)).endswith(", in net: File = x * 2")
+
+
+@pytest.mark.parametrize("trace", ["File ", "File a, b", 'File "a.py", line 3, in f', 'File "a.py", line x, in f\n  y'])
+def test_a_history_that_can_not_be_read_gives_no_source(trace: str) -> None:
+    node = Graph().placeholder("x")
+    node.meta["stack_trace"] = trace
+    assert graph.source_line(node) == ""
+
+
 def test_a_node_without_a_history_has_no_path_and_no_source() -> None:
     node = Graph().placeholder("x")
     assert (graph.module_path(node), graph.source_line(node)) == ("", "")

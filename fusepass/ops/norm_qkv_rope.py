@@ -137,7 +137,7 @@ def _launch(
 
     batch, seq, _ = x.shape
     query, key, value = (x.new_empty(batch, seq, w.shape[0]) for w in (q, k, v))
-    if x.numel():
+    if batch * seq:
         # "high" keeps the projections in f32 up to the rotation, where the kernels can (a library GEMM cannot).
         rows = as_rows(x)
         raw = [torch.empty_like(t, dtype=torch.float32) if high else t for t in (query, key, value)]

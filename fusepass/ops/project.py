@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass.ops.library import strategy
+from fusepass.ops.library import Strategy, strategy
 
 
 def as_rows(x: Tensor) -> Tensor:
     """x[..., K] as [M, K] with stride 1 in the last dimension: a view where the strides allow, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -25,6 +25,11 @@ def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> 
     if all(bias is None for bias in biases):
         return biases
     return [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights)]
+
+
+def _how(x: Tensor) -> Strategy:
+    """How to run the rows of x. Where they have no features, only biases are left, and no kernel walks along K."""
+    return strategy(x.shape[0]) if x.shape[1] else "library"
 
 
 def project(
@@ -45,7 +50,7 @@ def project(
     from fusepass.kernels import gemv, skinny
     from fusepass.kernels.rms_norm import rms_norm
 
-    how = strategy(x.shape[0])
+    how = _how(x)
     if how == "library":
         if norm_weight is not None:
             x = rms_norm(x, norm_weight, eps, high)
@@ -80,7 +85,7 @@ def gate_up(
     from fusepass.kernels.gated_mul import gated_mul
     from fusepass.kernels.rms_norm import rms_norm
 
-    how = strategy(x.shape[0])
+    how = _how(x)
     if how == "library":
         if norm_weight is not None:
             x = rms_norm(x, norm_weight, eps, high)

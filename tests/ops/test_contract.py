@@ -160,6 +160,20 @@ def test_no_rows_give_empty_outputs(name: str, strategy: Strategy, batch: int, s
     assert [layout(t) for t in fake(name, arguments)] == [layout(t) for t in outputs]
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if name != "attention"])
+@every_strategy
+@with_and_without_options
+def test_rows_without_features_give_what_is_added_to_their_products(
+    name: str, batch: int, seq: int, strategy: Strategy, optional: bool
+) -> None:
+    reads_features = ("x", "norm_weight", "weight", "q", "k", "v", "gate", "up")
+    arguments = sample(name, batch, seq, optional=optional)
+    arguments |= {n: a[..., :0].contiguous() for n, a in tensors(arguments).items() if n in reads_features}
+    outputs = launch(name, arguments, strategy)
+    assert any(t.numel() for t in outputs) == (name != "rms_norm")
+    torch.testing.assert_close(outputs, reference(name, arguments), rtol=1e-2, atol=1e-2)
+
+
 @every_op
 @every_strategy
 @with_and_without_options
