@@ -187,12 +187,12 @@ def _apply(graph: Graph, fusion: Fusion[Any], match: Match, around: validity.Sur
 
 
 def _fake_results(overload: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    def fake(arg: Any) -> Any:
+    def fake(arg: Any, kind: Any) -> Any:
         arg = value(arg) if isinstance(arg, Node) else arg
-        # A symbolic eps says nothing about shapes, and reading it would guard on it.
-        return 1.0 if isinstance(arg, torch.SymFloat) else arg
+        # A symbolic eps, maybe an integer, says nothing about shapes, and reading it would guard on it.
+        return 1.0 if isinstance(kind, torch.FloatType) and isinstance(arg, torch.SymFloat | torch.SymInt) else arg
 
-    values = [fake(arg) for arg in arguments]
+    values = [fake(arg, parameter.type) for arg, parameter in zip(arguments, overload._schema.arguments)]
     # The mode of the graph's own values: Dynamo has made a fresh one for the backend's use already.
     mode = next(item.fake_mode for item in values if isinstance(item, FakeTensor))
     try:

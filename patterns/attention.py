@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
@@ -80,8 +81,12 @@ class AttentionFusion(Fusion[AttentionMatch]):
         if dropout != 0 or causal is not False:
             return None
         (k, k_nodes), (v, v_nodes) = find_repeat(key), find_repeat(val)
-        # Under dynamic=True a cache has as many heads as some symbol says, which Dynamo has long specialised.
-        heads, kv_heads, size = int(value(q).shape[1]), int(value(k).shape[1]), int(value(q).shape[3])
+        sizes = value(q).shape[1], value(k).shape[1], value(q).shape[3]
+        # Under dynamic=True a cache has as many heads as some symbol says, which Dynamo has long specialised. Where it
+        # has not, to ask for the number would: with a graph for each, or an error where the user marked it dynamic.
+        if not all(map(is_concrete_int, sizes)):
+            return None
+        heads, kv_heads, size = map(int, sizes)
         tokens = value(q).shape[2]
         if kv_heads == 0 or heads % kv_heads:
             return None

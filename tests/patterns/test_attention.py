@@ -171,6 +171,14 @@ def test_keys_without_heads_are_no_site() -> None:
     assert run(lambda q, k, v: F.scaled_dot_product_attention(q[:, :1], k, v), q, k, v)[0].sites == []
 
 
+def test_numbers_of_heads_that_are_symbols_are_no_site_and_stay_symbols() -> None:
+    """Else Dynamo raises a ConstraintViolationError."""
+    q, k, v = tensors(kv_heads=HEADS)
+    for x in (q, k, v):
+        torch._dynamo.mark_dynamic(x, 1)
+    assert run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k, v)[0].sites == []
+
+
 def test_keys_of_one_batch_for_all_queries_are_refused() -> None:
     q, k, v = tensors(kv_heads=HEADS)
     report, _ = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k[:1], v[:1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fusepass
 from tests.patterns.toys import HIDDEN, SEQ, Norm, Spelling, all_fused, hidden, refusal, run
 
 SPELLINGS: dict[tuple[str, str], Spelling] = {
@@ -71,8 +72,9 @@ def test_the_epsilon_of_the_graph_is_the_ops(eps: float) -> None:
     assert next(n for n in gm.graph.nodes if "rms_norm" in str(n.target)).args[2] == eps
 
 
+@pytest.mark.parametrize("eps", [0.25, 3])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_an_epsilon_that_is_a_symbol_is_passed_on(dynamic: bool) -> None:
+def test_an_epsilon_that_is_a_symbol_is_passed_on(dynamic: bool, eps: float) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -82,7 +84,21 @@ def test_an_epsilon_that_is_a_symbol_is_passed_on(dynamic: bool) -> None:
             self.norm.eps = eps
             return self.norm(x)
 
-    assert all_fused(run(Net(), hidden(), 0.25, dynamic=dynamic)[0]) == {"rms_norm": 1}
+    assert all_fused(run(Net(), hidden(), eps, dynamic=dynamic)[0]) == {"rms_norm": 1}
+
+
+def test_an_integer_epsilon_that_is_a_symbol_is_not_guarded_on() -> None:
+    norm = Norm()
+
+    def net(x: Tensor, eps: int) -> Tensor:
+        norm.eps = eps
+        return norm(x)
+
+    call = torch.compile(net, backend="fusepass", dynamic=True, options={"remainder": "eager"})
+    for eps in (2, 3, 4):
+        x = hidden()
+        torch.testing.assert_close(call(x, eps), net(x, eps))
+    assert [all_fused(report) for report in fusepass.reports()] == [{"rms_norm": 1}]
 
 
 @pytest.mark.parametrize(
