@@ -1,6 +1,7 @@
 """The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def fusepass(
 
         original = verify.pristine(gm)
     report = _fuse(gm, example_inputs, parsed)
-    record(report)
+    record(report, _attempt())
     _trace(report)
     log.info("%s", report.summary())
     fused = bool(report.counts())
@@ -58,6 +59,12 @@ def fusepass(
     after = verify.pristine(gm)  # Inductor may change `gm`
     compiled = _hand_over(gm, example_inputs, parsed, fused)
     return verify.Verified(original, after, compiled, report, raises=parsed.verify == "raise")
+
+
+def _attempt() -> object:
+    """Equal for the graphs of one of Dynamo's attempts to compile a frame: compile ids begin anew after a reset."""
+    context = torch._guards.CompileContext.try_get()
+    return (weakref.ref(context), context.attempt) if context is not None else object()
 
 
 def _hand_over(gm: GraphModule, example_inputs: list[Any], options: Options, fused: bool) -> Callable[..., Any]:

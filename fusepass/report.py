@@ -176,18 +176,19 @@ class Report:
         return render(self)
 
 
-_reports: dict[str, GraphReport] = {}
+_reports: dict[str, tuple[object, list[GraphReport]]] = {}
 
 
-def record(report: GraphReport) -> None:
-    """Keep `report`. Dynamo may hand one frame to a backend more than once: the last report of a compile id wins."""
-    _reports.pop(report.compile_id, None)
-    _reports[report.compile_id] = report
+def record(report: GraphReport, attempt: object) -> None:
+    """Keep `report`, of a graph of one of Dynamo's attempts at a frame. Of those of one compile id the last attempt
+    wins: it makes several graphs where DDP splits the frame into its buckets."""
+    before, graphs = _reports.pop(report.compile_id, (None, []))
+    _reports[report.compile_id] = attempt, [*(graphs if attempt == before else []), report]
 
 
 def reports() -> list[GraphReport]:
     """The report of every graph compiled in this process, in order of compilation."""
-    return list(_reports.values())
+    return [report for _, graphs in _reports.values() for report in graphs]
 
 
 def reset() -> None:

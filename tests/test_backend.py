@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CompileConfig
 
 import fusepass
 from fusepass import backend as backend_module
 from tests.models import small_qwen3, static_cache
+from tests.patterns.toys import MLP, hidden
 
 LAYERS = 2
 COUNTS = {
@@ -214,6 +217,23 @@ def test_reports_are_kept_by_compile_id_and_reset_forgets_them() -> None:
     assert fusepass.reports()[0].summary().startswith("graph 0/0: fused attention x1, linear_residual x1")
     fusepass.reset()
     assert fusepass.reports() == []
+
+
+@torch.no_grad()
+def test_every_graph_that_ddp_makes_of_a_frame_has_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it is compiled again from the start, under the same ids."""
+    monkeypatch.setattr(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = MLP().requires_grad_(True)
+        split = compiled(DistributedDataParallel(model, bucket_cap_mb=0.001))
+        for _ in range(2):
+            torch._dynamo.reset()
+            torch.testing.assert_close(split(x := hidden()), model(x))
+            assert len({report.compile_id for report in fusepass.reports()}) == 1 < len(fusepass.reports())
+            assert fusepass.Report(fusepass.reports()).counts() == {"rms_norm": 1, "linear_residual": 1}
+    finally:
+        distributed.destroy_process_group()
 
 
 @torch.no_grad()
