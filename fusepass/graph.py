@@ -109,6 +109,12 @@ def mean_of_last(node: Any) -> Node | None:
     return x if isinstance(value(x), Tensor) and dims in ((-1,), (value(x).dim() - 1,)) else None
 
 
+def is_opaque_rms_norm(node: Node) -> bool:
+    """Whether `node` is an RMSNorm in one operator, by its name: F.rms_norm, a custom op, a kernel of the hub."""
+    name = str(node.target)
+    return node.op.startswith("call_") and bool(re.search("rms_?norm", name, re.I)) and not name.startswith("fusepass.")
+
+
 def is_cast(node: Any) -> bool:
     """Whether `node` only changes the dtype of a tensor (or nothing: `x.to(x.dtype)`)."""
     if not is_op(node, "cast") or not isinstance(value(node), Tensor) or not isinstance(value(node.args[0]), Tensor):

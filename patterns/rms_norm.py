@@ -8,7 +8,6 @@ The source it accepts (transformers, `Qwen3RMSNorm.forward` and the 130 models t
     return self.weight * hidden_states.to(input_dtype)
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,18 @@ from torch.fx import Node
 
 from fusepass import ops
 from fusepass.fusion import Fusion, Match, Refused
-from fusepass.graph import argument, described, is_cast, is_op, mean_of_last, operands, rsqrt_of, square_of, value
+from fusepass.graph import (
+    argument,
+    described,
+    is_cast,
+    is_op,
+    is_opaque_rms_norm,
+    mean_of_last,
+    operands,
+    rsqrt_of,
+    square_of,
+    value,
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +138,7 @@ class RMSNormFusion(Fusion[RMSNormMatch]):
     def near_miss(self, node: Node) -> Refused | None:
         if rsqrt_of(node) is not None:
             return _miss(node)
-        name = str(node.target)
-        # F.rms_norm, a custom op, a kernel of the hub
-        if node.op.startswith("call_") and re.search("rms_?norm", name, re.I) and not name.startswith("fusepass."):
+        if is_opaque_rms_norm(node):
             return Refused("opaque", f"{described(node)} is one operator, whose rounding is not known", node)
         return None
 

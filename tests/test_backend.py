@@ -1,11 +1,13 @@
 """The backend as users call it: what it compiles, what it says, and what it never does to a model."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CompileConfig
@@ -147,6 +149,34 @@ def test_strict_says_which_fusions_are_switched_off() -> None:
     off = {fusion.name: False for fusion in fusepass.fusions()}
     with pytest.raises(BackendCompilerFailed, match="got no fusion: no fusion matched; switched off: .*rms_norm"):
         compiled(small_qwen3(1), strict=True, fusions=off)(ids(), use_cache=False)
+
+
+ROOTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "divided by the root": (lambda x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), 1),
+    "without epsilon": (lambda x: x * (x * x).mean(-1, True).rsqrt(), 1),
+    "x ** -0.5": (lambda x: x * (x.square().mean(dim=-1, keepdim=True) + 1e-6) ** -0.5, 1),
+    "one operator": (lambda x: F.rms_norm(x, x.shape[-1:]), 1),
+    "not divided by": (lambda x: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True)), 0),
+    "batch norm": (lambda x: (x - x.mean(0)) * torch.rsqrt(x.var(0) + 1e-6), 0),
+    "batch norm of squares": (lambda x: x * torch.rsqrt(x.pow(2).mean(0) + 1e-6), 0),
+    "cubes": (lambda x: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6), 0),
+    "products": (lambda x: x * torch.rsqrt((x * x.exp()).mean(-1, keepdim=True) + 1e-6), 0),
+    "an input": (lambda x: torch.rsqrt(x), 0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("name", ROOTS)
+def test_rms_norms_that_no_fusion_matches_are_counted_and_other_norms_are_not(
+    name: str, exported: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    function, norms = ROOTS[name]
+    module = nn.Module()
+    module.forward = function
+    compiled(torch.export.export(module, (hidden(),)).module() if exported else module)(hidden())
+    warnings = [message for message in caplog.messages if "got no fusion" in message]
+    assert [f"has {norms} RMSNorms" in message for message in warnings] == [True] * norms
 
 
 def test_one_warning_names_no_grad_when_a_gradient_is_needed(caplog: pytest.LogCaptureFixture) -> None:
