@@ -147,10 +147,16 @@ def _miss(linear: Linear) -> Refused | None:
         reason = f"gated query: {described(parts[0])} takes each head of '{linear.out.name}' apart"
         return Refused("structure", reason, parts[0])
     size = value(reader).shape[-1]
+    if not isinstance(size, int):  # what is half of it is not known
+        return Refused("shape", f"expected a number for the size of a head, got the symbol {size}", reader)
     for node in _near(linear):
         rope = find_rope(node)
         if rope and value(rope.x).shape[-1] != size:
             return Refused("rotary", f"partial rotary: {value(rope.x).shape[-1]} of {size}", node)
+        if rope and find_heads(rope.x) is None:
+            got = argument(rope.x, 0, "input") if is_transpose(rope.x, 1, 2) else rope.x
+            reason = f"expected the heads of a linear layer, or their RMSNorm, to be rotated, got {described(got)}"
+            return Refused("structure", reason, got)
         index = node.args[1] if is_op(node, "getitem") else None
         last = index[-1] if isinstance(index, tuple) else None
         if isinstance(last, slice) and last.step not in (None, 1):
@@ -229,10 +235,9 @@ class NormQKVRopeFusion(Fusion[NormQKVRopeMatch]):
             first_miss = next(iter(misses.values()))
             reasons = "; ".join(miss.reason for miss in misses.values())
             return Refused(first_miss.code, reasons, first_miss.node)
-        found = (
-            f"expected two rotated branches and one that is not, got {len(heads) - len(straight)} and {len(straight)}"
-        )
-        return Refused("rotary", found, node)
+        turned = len(heads) - len(straight)
+        found = f"got {turned} and {len(straight)}" if turned else "found no rotary embedding"
+        return Refused("structure", f"expected two rotated branches and one that is not, {found}", node)
 
     def check(self, match: NormQKVRopeMatch) -> None:
         for norm in (match.norm, match.q.norm, match.k.norm):

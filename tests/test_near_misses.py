@@ -1,5 +1,6 @@
 """What looks like a fusion and is none is refused with the reason: models that differ from Qwen3 in one thing."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 import fusepass
 from fusepass.report import CODES, Report, Site
 from tests.models import small_qwen3, static_cache
-from tests.patterns.toys import BATCH, HEAD_DIM, MLP, SEQ, Attention, Norm, hidden, tables
+from tests.patterns.toys import BATCH, HEAD_DIM, HIDDEN, MLP, SEQ, Attention, Norm, hidden, tables
 
 LAYERS, PROMPT = 2, 17
 CLEAN = {"norm_qkv_rope": LAYERS, "norm_gated_mlp": LAYERS, "linear_residual": LAYERS, "norm_linear": 1}
@@ -184,14 +185,57 @@ def partial(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     [
         (interleaved, "interleaved rotary: expected the two halves of one tensor, got every second value: 'getitem"),
         (partial, f"partial rotary: {HEAD_DIM // 2} of {HEAD_DIM}"),
-        (lambda x, cos, sin: x, "expected two rotated branches and one that is not, got 0 and 3"),
     ],
-    ids=["interleaved", "partial", "none"],
+    ids=["interleaved", "partial"],
 )
 def test_another_rotary_embedding_is_named(rope: Any, reason: str, head_norm: str | None) -> None:
     site = the_only(explained(Attention(rope=rope, head_norm=head_norm), hidden(), *tables()))
     assert (site.fusion, site.code, site.path) == ("norm_qkv_rope", "rotary", "linears.q")
     assert str(site.reason).startswith(reason)
+
+
+class Rotated(Attention):
+    """`turned`: which of q, k and v are rotated."""
+
+    def __init__(self, turned: str) -> None:
+        super().__init__()
+        self.turned = turned
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        heads = ((name, self.heads(name, x)) for name in "qkv")
+        return [self.steps["rope"](y, cos, sin) if name in self.turned else y for name, y in heads]
+
+
+@pytest.mark.parametrize(
+    ("turned", "found"), [("", "found no rotary embedding"), ("q", "got 1 and 2"), ("qkv", "got 3 and 0")]
+)
+def test_other_branches_than_q_and_k_rotated_are_counted(turned: str, found: str) -> None:
+    site = next(site for site in explained(Rotated(turned), hidden(), *tables()).sites if not site.fused)
+    assert (site.fusion, site.code, site.path) == ("norm_qkv_rope", "structure", "linears.q")
+    assert site.reason == f"expected two rotated branches and one that is not, {found}"
+
+
+@pytest.mark.parametrize("head_norm", ["before", "after"])
+def test_another_norm_of_the_heads_is_named(head_norm: str) -> None:
+    """Gemma's: zero-centred, its weight multiplies before the cast."""
+    net = Attention(head_norm=head_norm)
+    for name in "qk":
+        net.norms[name] = Norm(HEAD_DIM, narrow=unrounded, weigh=lambda w, h: (h * (1.0 + w.float())).type_as(w))
+    site = next(site for site in explained(net, hidden(), *tables()).sites if site.fusion == "norm_qkv_rope")
+    assert (site.code, site.path) == ("structure", "linears.q")
+    expected = (
+        r"expected the heads of a linear layer, or their RMSNorm, to be rotated, got '\w+' \(type_as\) in norms.q"
+    )
+    assert re.fullmatch(expected, str(site.reason))
+
+
+def test_heads_of_a_symbolic_size_are_named() -> None:
+    """As many tokens as sequences: Dynamo takes the two for one symbol, and does not reduce (s * s) // s."""
+    x, (cos, sin) = torch.randn(SEQ, SEQ, HIDDEN), tables()
+    report = explained(Attention(head_norm=None), x, cos, sin, dynamic=True)
+    site = next(site for site in report.sites if site.fusion == "norm_qkv_rope")
+    assert site.code == "shape"
+    assert str(site.reason).startswith("expected a number for the size of a head, got the symbol ")
 
 
 def test_a_gated_query_is_named_beside_the_partial_rotary_of_the_keys() -> None:
