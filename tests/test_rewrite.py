@@ -474,6 +474,20 @@ def test_a_check_that_asks_for_a_size_that_only_the_data_decides_refuses_its_sit
     ]
 
 
+@pytest.mark.parametrize(("net", "shapes"), [(MLP(), ()), (Attention(), ((1, 1, 5, 8),) * 2)], ids=["mlp", "attention"])
+def test_a_number_of_tokens_that_only_the_data_decides_is_fused(net: nn.Module, shapes: tuple[Any, ...]) -> None:
+    args = [hidden(), *map(torch.randn, shapes)]
+    for x, dim in zip(args, (1, 2, 2)):
+        torch._dynamo.decorators.mark_unbacked(x, dim)
+    assert sum(all_fused(run(net, *args)[0]).values()) == 1
+
+
+def test_functorch_is_named() -> None:
+    norm = Norm()
+    report, _ = run(lambda x: torch.vmap(norm)(x), hidden())
+    refusal(report, "rms_norm", "tensor-subclass", r"is a wrapper of functorch \(vmap, grad, jvp\), not a plain tensor")
+
+
 def test_a_region_that_writes_its_own_input_is_refused(register: Callable[..., None]) -> None:
     """The op would not."""
     in_place = {
