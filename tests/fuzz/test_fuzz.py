@@ -36,6 +36,12 @@ def fuzz(count: int, strategy: st.SearchStrategy[Plan]) -> Counter[str]:
             parts=("attention",), spelling={"attend": "repeat_interleave"}, heads=(2, 4, 4), cache="static", mask="bool"
         )
     )
+    @example(
+        Plan(
+            parts=("attention",), spelling={"square": "h * h.abs()"}, heads=(6, 2, 2), cache="none", mask="bool",
+            batch=2, seq=1,
+        )
+    )  # fmt: skip
     @given(strategy)
     def one(plan: Plan) -> None:
         verdict = judge(plan)
