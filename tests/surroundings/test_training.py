@@ -78,8 +78,10 @@ def test_every_parameter_gets_eagers_gradient_where_only_some_are_trained() -> N
 
 
 def test_inductor_trains_as_eager_does() -> None:
-    model, tokens = small_qwen3(1).requires_grad_(True), ids(2, 9)
-    twin = copy.deepcopy(model)
+    model, tokens = small_qwen3(1), ids(2, 9)
+    # Its outlier amplifies another order of summation from step to step: by 2.5e-3 in one run of many, 2e-5 without.
+    model.model.layers[0].self_attn.k_norm.weight[0] = 1.0
+    twin = copy.deepcopy(model.requires_grad_(True))
     ours = train(model, compiled(model, remainder="inductor"), [tokens] * 3)
     assert ours == pytest.approx(train(twin, twin, [tokens] * 3), rel=1e-3)
 
