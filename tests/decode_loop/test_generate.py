@@ -196,6 +196,7 @@ def test_the_cache_is_kept_for_the_next_call_unless_the_user_has_it(model: Any, 
     assert torch.equal(call(TEXTS[0])[0], plain[0])  # a tensor of inference mode may not be written outside of it
 
 
+@pytest.mark.skipif(not CACHES_ARE_MARKED, reason="generate keeps the cache here, and asks layers that have none")
 def test_a_model_whose_layers_become_fewer_or_more(reasons: Any) -> None:
     model, tokens, loop = small_qwen3(2), torch.randint(1, 152, (1, 6)), fusepass.decode_loop(run_ahead=3)
     layers = model.model.layers

@@ -48,7 +48,7 @@ HANDED_BACK: dict[str, tuple[dict[str, Any], str]] = {
         {"max_new_tokens": None, "max_length": 30, "stopping_criteria": [MaxLengthCriteria(30), MaxLengthCriteria(12)]},
         "stops at 12 tokens and max_length is 30",
     ),
-    "no limit": ({"max_new_tokens": 10**9, "eos_token_id": ord(" ")}, "512 positions"),
+    "no limit": ({"max_new_tokens": 10**9, "eos_token_id": ord(" ")}, "512 positions|DynamicCache"),
     "a pad token beyond the embedding": ({"pad_token_id": 5000, **TWO}, "pad token, 5000"),
     "a pad token that is a label": ({"pad_token_id": -100, **TWO}, "pad token, -100"),
     "a returned cache": ({"return_dict_in_generate": True}, "DynamicCache"),
