@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._triton import has_triton_package
 
 from fusepass import inductor
-from fusepass.graph import argument, is_opaque_rms_norm, mutated
+from fusepass.graph import argument, called, is_opaque_rms_norm, mutated
 from fusepass.options import Options, cpu_mode, disabled
 from fusepass.report import GraphReport, Report, record
 
@@ -139,27 +139,19 @@ def _is_rms_norm(node: Node) -> bool:
     operator: of torch or aten, in more spellings than any fusion matches."""
     if is_opaque_rms_norm(node):
         return True
-    divides = _called(node) == "sqrt" and any("div" in _called(user) for user in node.users)
-    inverts = _called(node) == "rsqrt" or (_called(node) == "pow" and node.args[1:] == (-0.5,))
+    divides = called(node) == "sqrt" and any("div" in called(user) for user in node.users)
+    inverts = called(node) == "rsqrt" or (called(node) == "pow" and node.args[1:] == (-0.5,))
     if not (divides or inverts):
         return False
     means = [mean for total in node.all_input_nodes for mean in (total, *total.all_input_nodes)]  # epsilon or none
     return any(
-        _called(mean) == "mean" and argument(mean, 1, "dim") in (-1, [-1], (-1,)) and _squares(mean.all_input_nodes[0])
+        called(mean) == "mean" and argument(mean, 1, "dim") in (-1, [-1], (-1,)) and _squares(mean.all_input_nodes[0])
         for mean in means
     )
 
 
 def _squares(node: Node) -> bool:
-    return _called(node) in ("pow", "square", "mul") and node.args[1:] in ((), (2,), node.args[:1])
-
-
-def _called(node: Any) -> str:
-    """The name of what `node` calls: a function, a method, an operator of aten."""
-    if not isinstance(node, Node) or not node.op.startswith("call_"):
-        return ""
-    target: Any = getattr(node.target, "overloadpacket", node.target)
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
+    return called(node) in ("pow", "square", "mul") and node.args[1:] in ((), (2,), node.args[:1])
 
 
 def _complain(report: GraphReport, norms: int, options: Options) -> None:

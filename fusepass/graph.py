@@ -65,6 +65,14 @@ def argument(node: Node, index: int, *names: str, default: Any = None) -> Any:
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
 
 
+def called(node: Any) -> str:
+    """The name of what `node` calls: a function, a method, an operator of aten. "" if it calls nothing."""
+    if not isinstance(node, Node) or not node.op.startswith("call_"):
+        return ""
+    target: Any = getattr(node.target, "overloadpacket", node.target)
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
 def value(node: Any) -> Any:
     """The fake tensor (or symbolic number) that Dynamo computed for `node`; None if there is none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None

@@ -8,15 +8,13 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from fusepass.fusion import Match, Refused
-from fusepass.graph import argument, module_path, mutated, reads_only_shape, storages, value
+from fusepass.graph import argument, called, module_path, mutated, reads_only_shape, storages, value
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-_RESHAPES = frozenset(
-    {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"}
-    | {"unsqueeze_"}
-)
+_RESHAPES = {
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_",
+    "unsqueeze_",
+}  # fmt: skip
 """In-place ops that change what the very tensor is: its fake tensor says what it is in the end."""
 
 
@@ -30,13 +28,13 @@ class Mode:
 
     def after(self, node: Node) -> "Mode":
         """What is in force from `node` on."""
-        name = getattr(node.target, "__name__", "")
+        name = called(node)
         if name == "_set_grad_enabled":
             return Mode(bool(node.args[0]), self.entered)
         if name.startswith("_enter_") and (name != "_enter_autocast" or argument(node, 2, "enabled", default=True)):
             return Mode(self.grad, (*self.entered, node))
         if name.startswith("_exit_"):
-            same = [enter for enter in self.entered if enter.target.__name__ == name.replace("_exit_", "_enter_")]  # type: ignore[union-attr]
+            same = [enter for enter in self.entered if called(enter) == name.replace("_exit_", "_enter_")]
             left = node.args[0] if node.args and isinstance(node.args[0], Node) else same[-1] if same else None
             return Mode(self.grad, tuple(enter for enter in self.entered if enter is not left))
         return self
@@ -62,7 +60,7 @@ class Surroundings:
         for node in graph.nodes:
             if written := mutated(node):
                 found.mutations.append((node, set().union(*map(storages, written))))
-                if getattr(node.target, "__name__", node.target) in _RESHAPES:
+                if called(node) in _RESHAPES:
                     found.reshaped |= {id(value(target)): node for target in written}
             before, mode = mode, mode.after(node)
             if mode != before or not found.switches:
@@ -80,7 +78,7 @@ class Surroundings:
 
 def _inside(mode: Mode, block: str) -> Node | None:
     """The node that entered such a block, if one is in force."""
-    return next((node for node in mode.entered if node.target.__name__ == f"_enter_{block}"), None)  # type: ignore[union-attr]
+    return next((node for node in mode.entered if called(node) == f"_enter_{block}"), None)
 
 
 def insertion_point(match: Match, arguments: list[Node], around: Surroundings) -> Node:

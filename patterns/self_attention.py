@@ -99,11 +99,12 @@ class SelfAttentionJoin(Fusion[SelfAttentionMatch]):
             raise Refused("mutation", "the caches of keys and values share memory", match.v_cache)
         written = storages(match.k_cache) | storages(match.v_cache)
         # One kernel reads and writes, in no order that other tensors could rely on.
-        for node in (*match.tensors, match.position, match.attention.args[3]):
-            if isinstance(node, Node) and node not in match.writes and storages(node) & written:
+        others = [node for node in (match.position, match.attention.args[3]) if isinstance(node, Node)]
+        for node in (*match.tensors, *others):
+            if node not in match.writes and storages(node) & written:
                 raise Refused("mutation", f"'{node.name}' shares memory with the cache that is written", node)
         # All writes happen where the op is put, which is somewhere between the region's first node and its last.
-        read = set().union(*(storages(n) for n in (match.position, match.attention.args[3]) if isinstance(n, Node)))
+        read = set().union(*map(storages, others))
         node = min(match.interior)
         while node is not match.anchor:
             if node not in match.interior and not reads_only_shape(node):
