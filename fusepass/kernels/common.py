@@ -35,6 +35,26 @@ def before_activations(EARLY: tl.constexpr):
 
 
 @triton.jit
+def prefetch(ptr, BYTES: tl.constexpr):
+    """Ask for BYTES from `ptr` on, in whole units of 16, to be brought to L2: one instruction of one thread (sm_90,
+    https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-prefetch).
+    Changes nothing that a kernel can read, so it may run before the wait whatever writes there."""
+    tl.inline_asm_elementwise(
+        """{
+            .reg .pred first;
+            .reg .u32 thread;
+            .reg .u64 from;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            and.b64 from, $1, -16;
+            @first cp.async.bulk.prefetch.L2.global [from], $2;
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [ptr.to(tl.int64), BYTES // 16 * 16], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def stored(x, dtype: tl.constexpr, HIGH: tl.constexpr):
     """`x` (f32) as it reads back after eager has stored it in `dtype`."""
     if HIGH:

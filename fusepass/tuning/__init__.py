@@ -52,7 +52,7 @@ def _usable(name: str, config: object) -> bool:
         return False
     skinny, rows, k = bool(parsed[1]), int(parsed[2]), int(parsed[3])
     needed = _NEEDED | {"SLICES"} if skinny else _NEEDED
-    known = needed | {"AHEAD"} | ({"BLOCK_M", "num_stages"} if skinny else set())
+    known = needed | {"AHEAD"} | ({"BLOCK_M", "PREFETCH", "num_stages"} if skinny else set())
     if not config.keys() <= known or any(config.get(size, 0) <= 0 for size in needed) or config.get("AHEAD", 0) < 0:
         return False
     unrolled = not skinny or config.get("AHEAD", 0) > 0

@@ -65,3 +65,11 @@ def test_weights_are_read_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
     reading = [kernel for kernel in kernels if "weight_load_bits" in kernel]
     assert reading
     assert_each(reading, lambda kernel: kernel["weight_load_bits"] >= 128)
+
+
+@pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
+def test_weights_are_prefetched_before_the_wait_or_not_at_all(kernels: list[Kernel], target: str) -> None:
+    """Behind the wait, or where nothing waits, the loads come at once."""
+    early = [kernel["prefetched_early"] for kernel in kernels if "prefetched_early" in kernel]
+    assert all(early)
+    assert bool(early) == (target != "sm_80")

@@ -1,6 +1,7 @@
 """The numeric gate for launch configs: each way a kernel walks along K, and each config of the shipped tables."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
+draw_weights = draw
+
+
 def rms_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).square().mean().sqrt())
 
@@ -69,7 +73,7 @@ def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, 
     results: tuple[list[Tensor], ...] = ([], [], [])
     for _ in range(draws):
         x, residual = draw(m, k, dtype=dtype), draw(m, n, dtype=dtype)
-        weights = [draw(n, k, dtype=dtype, scale=k**-0.5) for _ in range(2)]
+        weights = [draw_weights(n, k, dtype=dtype, scale=k**-0.5) for _ in range(2)]
         bias = [draw(n, dtype=dtype) for _ in range(2)]
         inputs = (x, residual, *weights, *bias, *([draw(k, dtype=dtype)] if norm else []))
         weight = inputs[6] if norm else None
@@ -77,9 +81,9 @@ def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, 
         with poisoned():
             out.fill_(torch.nan)
             if kernel.endswith("gated"):
-                kernels.gated(x, weight, EPS, *weights, *bias, out, "silu", False, False)
+                kernels.gated(x, weight, EPS, *weights, *bias, out, "silu", False, True)
             else:
-                kernels.linears(x, weight, EPS, weights[:1], bias[:1], [out], residual, False, False)
+                kernels.linears(x, weight, EPS, weights[:1], bias[:1], [out], residual, False, True)
 
         for found, result in zip(results, (out, eager(kernel, *inputs), eager(kernel, *(t.double() for t in inputs)))):
             found.append(result)
@@ -92,6 +96,19 @@ def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, 
 @pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
 def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
     check(config, kernel, m, 13, K, torch.float16, norm, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
+@pytest.mark.parametrize("k", [96, 100, 4096])
+def test_prefetched_weights_may_begin_and_end_anywhere(k: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are no multiple of 16 bytes, weights that begin 2 bytes behind one, a last tile of 8 rows in 16."""
+
+    def unaligned(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return draw(1 + math.prod(shape), dtype=dtype, scale=scale)[1:].view(shape)
+
+    monkeypatch.setitem(globals(), "draw_weights", unaligned)
+    check({**SKINNY[2], "PREFETCH": 1, "num_warps": 4}, kernel, 8, 40, k, torch.bfloat16, False, 8)
 
 
 @pytest.mark.parametrize("norm", [False, True])
