@@ -101,8 +101,8 @@ def _skinny(problem: Problem) -> Iterator[Config]:
         if steps > 1:
             for stages in (3, 4, 5):
                 if shared * stages <= 200 << 10:
-                    yield {**tile, "AHEAD": 0, "num_stages": stages, "PREFETCH": 0}
-                    if stages == 4:
+                    yield {**tile, "AHEAD": 0, "num_stages": stages}
+                    if stages == 4 and programs <= 132:  # all of which begin early: with more it was slower
                         yield {**tile, "AHEAD": 0, "num_stages": stages, "PREFETCH": 1}
         if steps <= 8 and m * problem.k / threads <= 128 and shared <= 200 << 10:
             for ahead in sorted({1, min(steps, 2), steps}):

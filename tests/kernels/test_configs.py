@@ -95,7 +95,7 @@ def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, 
 @pytest.mark.parametrize("kernel", ["linears", "gated"])
 @pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
 def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
-    check(config, kernel, m, 13, K, torch.float16, norm, 8)
+    check(config, kernel, m, 13, K, torch.float16, norm, 32)
 
 
 @pytest.mark.gpu
@@ -115,7 +115,7 @@ def test_prefetched_weights_may_begin_and_end_anywhere(k: int, kernel: str, monk
 @pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
 @pytest.mark.parametrize(("config", "m"), [*zip(SKINNY, (3, 8, 16, 11, 5))], ids=str)
 def test_skinny_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
-    check(config, kernel, m, 24, K, torch.float16, norm, 4)
+    check(config, kernel, m, 24, K, torch.float16, norm, 16)
 
 
 TABLES = sorted(Path(fusepass.tuning.__file__).parent.glob("*.json"))
