@@ -34,9 +34,9 @@ class Mode:
         if name.startswith("_enter_") and (name != "_enter_autocast" or argument(node, 2, "enabled", default=True)):
             return Mode(self.grad, (*self.entered, node))
         if name.startswith("_exit_"):
-            same = [enter for enter in self.entered if called(enter) == name.replace("_exit_", "_enter_")]
-            left = node.args[0] if node.args and isinstance(node.args[0], Node) else same[-1] if same else None
-            return Mode(self.grad, tuple(enter for enter in self.entered if enter is not left))
+            # A block says which node has entered it (disabled autocast: none of these), but for a level of derivatives.
+            left = node.args[:1] or self.entered[-1:]
+            return Mode(self.grad, tuple(enter for enter in self.entered if enter not in left))
         return self
 
 
@@ -136,7 +136,7 @@ def check(match: Match, around: Surroundings, arguments: list[Node]) -> None:
     if len(modes) > 1:
         raise Refused("mode", "grad or inference mode is switched in the middle of the region")
 
-    for node in (*match.interior, *match.tensors, *arguments):
+    for node in (*match.interior, *arguments):  # all tensors that the region reads are arguments
         reshape = around.reshaped.get(id(value(node)))
         if reshape is not None and min(match.interior) < reshape:
             raise Refused("mutation", f"'{reshape.name}' changes the shape of '{node.name}' in place", reshape)

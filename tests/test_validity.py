@@ -271,6 +271,26 @@ def test_a_region_inside_a_level_of_forward_derivatives_is_refused() -> None:
     refusal(report, "linear_residual", "grad", "forward-mode derivatives")
 
 
+def test_a_region_behind_a_level_of_forward_derivatives_is_fused() -> None:
+    def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            x = x * 2
+        return r + F.linear(x, weight)
+
+    assert all_fused(run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))[0]) == ONE
+
+
+def test_what_ends_a_block_ends_none_around_it_and_nothing_else_ends_one() -> None:
+    def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode():
+                x = x * torch.ones(size=(HIDDEN,))
+            return r + F.linear(x, weight)
+
+    report, _ = run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
+    refusal(report, "linear_residual", "autocast", "inside torch.autocast")
+
+
 def test_a_graph_called_with_and_without_gradients_is_refused_where_its_weights_need_one() -> None:
     mlp = MLP().requires_grad_()
     region = torch.compiler.nested_compile_region(lambda x: mlp(x))
@@ -435,11 +455,28 @@ def transposed_weight(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("net", [broadcast_row, transposed_weight])
+def squeezed_sum(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.linear(x[:1], weight) + x[:1]
+    z = y * 2
+    return z, y.squeeze_(0)
+
+
+@pytest.mark.parametrize("net", [broadcast_row, transposed_weight, squeezed_sum])
 def test_what_changes_its_shape_in_place_later_is_refused(net: Callable[..., Tensor]) -> None:
     """The fake tensor says by then that it fits."""
     report, _ = run(net, hidden(), torch.randn(HIDDEN, HIDDEN))
     refusal(report, "linear_residual", "mutation", "changes the shape of '.*' in place")
+
+
+def test_a_mask_that_changes_its_shape_in_place_later_is_refused() -> None:
+    def net(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        mask = mask & True
+        y = F.scaled_dot_product_attention(q, k, k, mask)
+        mask.unsqueeze_(0)
+        return y
+
+    q, k, mask = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 8, 16), torch.ones(1, 8, dtype=torch.bool)
+    refusal(run(net, q, k, mask)[0], "attention", "mutation", "changes the shape of '.*' in place")
 
 
 def test_what_has_changed_its_shape_in_place_before_is_fused() -> None:
