@@ -284,7 +284,8 @@ def test_what_ends_a_block_ends_none_around_it_and_nothing_else_ends_one() -> No
     def net(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.inference_mode():
-                x = x * torch.ones(size=(HIDDEN,))
+                x = x * 2
+            x = x * torch.ones(size=(HIDDEN,))
             return r + F.linear(x, weight)
 
     report, _ = run(net, hidden(), hidden(), torch.randn(HIDDEN, HIDDEN))
