@@ -35,7 +35,7 @@ class Mode:
             return Mode(self.grad, (*self.entered, node))
         if name.startswith("_exit_"):
             # A block says which node has entered it (disabled autocast: none of these), but for a level of derivatives.
-            left = node.args[:1] or self.entered[-1:]
+            left = node.all_input_nodes or self.entered[-1:]
             return Mode(self.grad, tuple(enter for enter in self.entered if enter not in left))
         return self
 
