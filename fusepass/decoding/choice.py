@@ -43,12 +43,12 @@ def _split(processors: list[Any]) -> tuple[list[Any], list[Any]]:
     return processors, []
 
 
-def _settings(processors: list[Any]) -> dict[str, Any] | None:
-    """What `sample` takes, if these processors are what it computes: top-k, perhaps with a temperature before and top-p
-    and min-p behind it, in this order."""
+def _settings(whole: list[Any], few: list[Any]) -> dict[str, Any] | None:
+    """What `sample` takes, if the processors of a split are what it computes: top-k, perhaps with a temperature before
+    and top-p and min-p behind it, in this order."""
+    processors = whole + few
     order = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
     found: dict[type, Any] = {type(processor): processor for processor in processors}
-    _, few = _split(processors)
     if not few or list(map(type, processors)) != [kind for kind in order if kind in found]:
         return None
     temperature, _, top_p, min_p = (found.get(kind) for kind in order)
@@ -75,7 +75,7 @@ class Choice:
         self.sample = sample
         self.whole, self.few = _split(list(processors)) if sample else (list(processors), [])
         self.recordable = sample and {type(processor) for processor in processors} <= OF_LOGITS_ALONE
-        self.settings = _settings(list(processors)) if sample else None
+        self.settings = _settings(self.whole, self.few)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 

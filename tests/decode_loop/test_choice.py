@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusepass.decoding.choice import Choice, _settings
+from fusepass.decoding.choice import Choice, _settings, _split
 from fusepass.kernels import KernelUnavailable
 from fusepass.kernels.sample import fits, sample
 from tests.ops.gate import poisoned
@@ -97,7 +97,7 @@ SETTINGS: list[list[LogitsProcessor]] = [
 
 def sampled(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """What the kernels choose, in Triton's interpreter on a CPU."""
-    settings = _settings(processors)
+    settings = _settings(*_split(processors))
     assert settings is not None
     assert fits(len(logits), logits.shape[1], settings["top_k"])
     with poisoned():
@@ -117,7 +117,7 @@ def wanted(processors: list[LogitsProcessor], logits: Tensor, noise: Tensor) -> 
 def test_the_kernels_choose_what_the_processors_leave_and_multinomial_draws(
     processors: list[LogitsProcessor], device: str
 ) -> None:
-    settings = _settings(processors)
+    settings = _settings(*_split(processors))
     assert settings is not None
     for vocabulary in [151_936, 512 * settings["top_k"] + 77] * 20 if device == "cuda" else [512 * settings["top_k"]]:
         logits = torch.randn(2, vocabulary, device=device).mul(3 * 8).round().div(8)  # 0.0 and -0.0 tie, too
@@ -158,7 +158,7 @@ def test_the_kernels_tell_where_there_is_no_distribution_or_too_many_tie(device:
     ],
 )
 def test_other_processors_are_not_taken_for_those_of_the_kernels(processors: list[LogitsProcessor]) -> None:
-    assert _settings(processors) is None
+    assert _settings(*_split(processors)) is None
 
 
 def test_a_vocabulary_of_few_chunks_or_a_large_k_is_left_to_torch() -> None:

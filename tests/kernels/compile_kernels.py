@@ -220,8 +220,9 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
         "local_bytes": int(re.findall(local, usage)[0]),
         "shared_bytes": kernel.metadata.shared,
     }
-    loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", kernel.asm.get("ptx", ""))
-    if "bulk.prefetch" in (ptx := kernel.asm.get("ptx", "")):
+    ptx = kernel.asm.get("ptx", "")
+    loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    if "bulk.prefetch" in ptx:
         taken["prefetched_early"] = ptx.rindex("bulk.prefetch") < ptx.index("griddepcontrol.wait")
     if loads:
         taken["weight_load_bits"] = min(int(lanes or 1) * int(bits) for lanes, bits in loads)

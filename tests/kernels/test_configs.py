@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,9 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
-draw_weights = draw
+def draw_unaligned(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """The same, beginning 2 bytes behind a multiple of 16."""
+    return draw(1 + math.prod(shape), dtype=dtype, scale=scale)[1:].view(shape)
 
 
 def rms_error(got: Tensor, want: Tensor) -> float:
@@ -59,16 +62,22 @@ def eager(
     return residual + F.linear(h, w0, b0)
 
 
-def check(config: Config, kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
+def check(
+    config: Config, kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int,
+    draw_weights: Callable[..., Tensor] = draw,
+) -> None:  # fmt: skip
     """`kernel` ("linears", "gated", or either after "skinny ") is as exact as eager: root mean square over draws."""
     rows = max(8, next_power_of_2(m)) if kernel.startswith("skinny") else m
     with tuning.override({tuning.key(kernel, rows, n, k, dtype): config}):
         kernels = skinny if kernel.startswith("skinny") else gemv
         assert config.items() <= kernels._config(kernel.removeprefix("skinny "), m, n, k, dtype).items()
-        _check(kernel, m, n, k, dtype, norm, draws)
+        _check(kernel, m, n, k, dtype, norm, draws, draw_weights)
 
 
-def _check(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int) -> None:
+def _check(
+    kernel: str, m: int, n: int, k: int, dtype: torch.dtype, norm: bool, draws: int,
+    draw_weights: Callable[..., Tensor],
+) -> None:  # fmt: skip
     kernels = skinny if kernel.startswith("skinny") else gemv
     results: tuple[list[Tensor], ...] = ([], [], [])
     for _ in range(draws):
@@ -101,14 +110,10 @@ def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: b
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
 @pytest.mark.parametrize("k", [96, 100, 4096])
-def test_prefetched_weights_may_begin_and_end_anywhere(k: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetched_weights_may_begin_and_end_anywhere(k: int, kernel: str) -> None:
     """Rows that are no multiple of 16 bytes, weights that begin 2 bytes behind one, a last tile of 8 rows in 16."""
-
-    def unaligned(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        return draw(1 + math.prod(shape), dtype=dtype, scale=scale)[1:].view(shape)
-
-    monkeypatch.setitem(globals(), "draw_weights", unaligned)
-    check({**SKINNY[2], "PREFETCH": 1, "num_warps": 4}, kernel, 8, 40, k, torch.bfloat16, False, 8)
+    config = {**SKINNY[2], "PREFETCH": 1, "num_warps": 4}
+    check(config, kernel, 8, 40, k, torch.bfloat16, False, 8, draw_unaligned)
 
 
 @pytest.mark.parametrize("norm", [False, True])
