@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 OF_LOGITS_ALONE = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 """Processors that do the same in every step, so that a CUDA graph may hold them."""
-WARM_UP = 3
-"""Choices before one is recorded: a CUDA graph takes longer to make than they take."""
 
 
 def _split(processors: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -66,56 +64,38 @@ class Choice:
     Top-k and the processors behind it see the likeliest tokens only: some more than k, since top-k keeps all that tie
     with the last. The result tells when even more tie; `widen` then lets the processors see more, in the end all.
 
-    On a GPU the usual processors, temperature, top-k, top-p and min-p, are three kernels of ours. Where the processors
-    allow it, all that a sampled token takes is recorded as a CUDA graph: the some forty kernels of transformers' own
-    processors take the host 0.34 ms one by one, and an H200 0.13 as a graph.
+    On a GPU the usual processors, temperature, top-k, top-p and min-p, are three kernels of ours instead of some forty.
+    `recordable`: a CUDA graph of one choice does for all.
     """
 
     def __init__(self, processors: LogitsProcessorList, sample: bool) -> None:
         self.sample = sample
         self.whole, self.few = _split(list(processors)) if sample else (list(processors), [])
-        self.recordable = sample and {type(processor) for processor in processors} <= OF_LOGITS_ALONE
+        self.recordable = {type(processor) for processor in processors} <= OF_LOGITS_ALONE
         self.settings = _settings(self.whole, self.few)
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     def widen(self) -> None:
         if self.settings:  # our kernels have room for fewer ties than torch takes
             self.settings = None
         else:
             self.whole, self.few = self.whole + self.few, []
-        self.graph = None
 
     def __call__(self, logits: Tensor, tokens: Tensor, out: Tensor) -> Tensor | None:
         """Write the tokens, [B] int64, to `out`. `tokens` [N, B] are those before them.
 
         Returns, in sampling, [B] f32 that is nan where `torch.multinomial` would have raised, and infinite where more
-        tokens tie than the processors saw: that row may be wrong. The next call may write over it.
+        tokens tie than the processors saw: that row may be wrong.
         """
-        self.calls += 1
-        if self.recordable and logits.is_cuda and self.calls > WARM_UP:
-            graph = self.graph or self._record(logits, tokens)
-            self.static.copy_(logits)
-            graph.replay()
-            out.copy_(self.chosen)
-            return self.alarm
-        if self.sample or self.whole or logits.dtype == torch.float64:  # what differs in f64 may tie in f32
-            logits = logits.to(torch.float32, copy=True)
         if self.sample:
             chosen, alarm = self._sampled(logits, tokens)
             out.copy_(chosen)
             return alarm
+        if self.whole or logits.dtype == torch.float64:  # what differs in f64 may tie in f32
+            logits = logits.to(torch.float32, copy=True)
         for processor in self.whole:
             logits = processor(tokens.t(), logits)
         torch.argmax(logits, -1, out=out)
         return None
-
-    def _record(self, logits: Tensor, tokens: Tensor) -> torch.cuda.CUDAGraph:
-        self.static = torch.empty_like(logits, dtype=torch.float32)
-        self.graph = graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.chosen, self.alarm = self._sampled(self.static, tokens)
-        return graph
 
     def _by_kernels(self, logits: Tensor, noise: Tensor, top_k: int, **settings: Any) -> tuple[Tensor, Tensor] | None:
         """What our kernels choose; None, from now on, if they can not."""
@@ -131,12 +111,13 @@ class Choice:
         return None
 
     def _sampled(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and alarms, each [B], from logits in f32. Nothing here makes the host wait."""
+        """Tokens and alarms, each [B]. Nothing here makes the host wait."""
         # `torch.multinomial` draws one token just so, but makes the host wait to check the probabilities. A row that is
         # nan anywhere is nan everywhere after softmax.
-        noise = torch.empty_like(logits).exponential_()
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
         if self.settings and (sampled := self._by_kernels(logits, noise, **self.settings)):
             return sampled
+        logits = logits.to(torch.float32, copy=True)
         for processor in self.whole:
             logits = processor(tokens.t(), logits)
         # On a CPU, `torch.sort` leaves it open which of the tokens that tie top-p drops: it must see the same row.

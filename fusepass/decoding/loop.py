@@ -20,6 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from fusepass.decoding.handback import is_ours_to_choose, obstacle
+from fusepass.decoding.step import Recorder
 from fusepass.decoding.steps import decode
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class DecodeLoop:
         self.run_ahead = run_ahead
         self.cache_length = cache_length
         self._kept: tuple[Any, Any] | None = None
+        self._recorder: Recorder | None = None
 
     def __call__(
         self,
@@ -87,8 +89,12 @@ class DecodeLoop:
         if input_ids.is_cuda and config.compile_config is None:
             config.compile_config = CompileConfig(backend="fusepass")
         run_ahead = self.run_ahead if self.run_ahead is not None else 4 * input_ids.is_cuda
+        recorder, self._recorder = self._recorder, None  # no two threads share it
+        if recorder is None or recorder.of != (weakref.ref(model), input_ids.device):
+            recorder = Recorder(model, input_ids.device)
         with torch.cuda.device_of(input_ids):
-            sequences = decode(model, prepared, model_kwargs, run_ahead, self.streamer)
+            sequences = decode(model, prepared, model_kwargs, run_ahead, self.streamer, recorder)
+        self._recorder = recorder
 
         if self.streamer is not None:
             self.streamer.end()
@@ -122,8 +128,8 @@ class DecodeLoop:
         return loop(model, **prepared, **own, **model_kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the settings, and will have a cache of its own."""
-        return {**self.__dict__, "_kept": None}
+        """A copy has the settings, and will have a cache and CUDA graphs of its own."""
+        return {**self.__dict__, "_kept": None, "_recorder": None}
 
     def _take_cache(self, model: Any, batch: int, generation_config: GenerationConfig) -> tuple[Any, Any]:
         """The kept cache, emptied, or else a new one; and what calls it fits. Until the call has ended it is not kept:

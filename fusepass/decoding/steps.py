@@ -1,7 +1,5 @@
-"""The steps of the loop: what each feeds the forward, and when the host looks at the tokens."""
+"""The steps of the loop, and when the host looks at their tokens."""
 
-import inspect
-import logging
 import math
 from collections import deque
 from contextlib import nullcontext
@@ -12,17 +10,23 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 
-from fusepass.decoding.choice import Choice
 from fusepass.decoding.handback import prompt_length
+from fusepass.decoding.step import Recorder, Step
 
-log = logging.getLogger(__name__)
 
-
-def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], run_ahead: int, streamer: Any) -> Tensor:
+def decode(
+    model: Any,
+    prepared: dict[str, Any],
+    model_kwargs: dict[str, Any],
+    run_ahead: int,
+    streamer: Any,
+    recorder: Recorder,
+) -> Tensor:
     """Sequences [B, N] int64: the prompts and what follows, until every sequence has ended.
 
     `prepared` is what `generate` gives its loops (input_ids [B, S], processors, criteria, config), `model_kwargs` what
     it gives the model, with a static cache. The cache then holds every token but the last, as `_sample` leaves it.
+    The graph that `recorder` holds then is of no more use, but for its memory.
     """
     config, cache = prepared["generation_config"], model_kwargs["past_key_values"]
     # Hugging Face's own loop, for one token: it knows prompts in chunks and caches continued, each release in its way.
@@ -30,12 +34,6 @@ def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], r
     first = model._sample(**{**prepared, "stopping_criteria": one}, **model_kwargs)
     (batch, start), held = first.shape, cast(int, prompt_length(config, model_kwargs))
 
-    compiled = model._valid_auto_compile_criteria(model_kwargs, config)
-    forward = model.get_compiled_call(config.compile_config) if compiled else model.__call__
-    if not compiled:
-        log.info("decode_loop: the forward of %s is not compiled on %s", type(model).__name__, first.device)
-    fixed, moving = _inputs(model, model_kwargs, held, config.max_length - start)
-    select = Choice(prepared["logits_processor"], config.do_sample)
     ends = [
         part.eos_token_id.view(-1).to(first.device)
         for part in prepared["stopping_criteria"]
@@ -45,9 +43,9 @@ def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], r
     # A row for each position: what a step reads and what it writes are contiguous.
     tokens = first.new_empty(config.max_length, batch)
     tokens[:start] = first.t()
-    unfinished = torch.ones(batch, dtype=torch.bool, device=first.device)
+    step = Step(model, prepared, model_kwargs, first[:, -1].clone(), held, eos, recorder)
     results = Results(first[:, -1], eos, run_ahead, streamer, config.do_sample)
-    length = start
+    length, surplus = start, 0
     with getattr(model, "_optimize_model_for_decode", nullcontext)():
         while True:
             stopped: str | None = "failed"  # as when the streamer raises
@@ -58,45 +56,13 @@ def decode(model: Any, prepared: dict[str, Any], model_kwargs: dict[str, Any], r
                     length -= surplus
                     _crop(cache, held + length - start)
             if stopped == "tied":
-                select.widen()
-                unfinished = torch.tensor(results.alive, device=first.device)
+                step.rewind(surplus, tokens[length - 1], results.alive)
             elif stopped or length == config.max_length:
                 return tokens[:length].t().contiguous()
-            last, new = tokens[length - 1], tokens[length]
-            inputs = {name: rows[length - start] for name, rows in moving.items()}
-            torch.compiler.cudagraph_mark_step_begin()
-            outputs = forward(input_ids=last.unsqueeze(1), **inputs, **fixed, return_dict=True)
-            alarm = select(outputs.logits[:, -1], tokens[:length], new)
-            del outputs  # the next replay writes over them
-            if batch > 1 and eos is not None:
-                unfinished &= (last.unsqueeze(1) != eos).all(1)
-                torch.where(unfinished, new, config._pad_token_tensor, out=new)
-            results.send(new, alarm)
+            alarm = step(tokens[:length])
+            tokens[length].copy_(step.token)
+            results.send(step.token, alarm)
             length += 1
-
-
-def _inputs(
-    model: Any, model_kwargs: dict[str, Any], held: int, steps: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What each step feeds the forward besides the token, after `held` in the cache: what stays, and rows [steps, ...],
-    one for each step."""
-    accepted = inspect.signature(model.forward).parameters
-    mask: Any = model_kwargs.get("attention_mask")
-    positions = model_kwargs.get("position_ids")
-    fixed = {name: item for name, item in model_kwargs.items() if name not in ("attention_mask", "position_ids")}
-    if mask is not None and not mask.all():
-        # One mask for all steps: the future is hidden by causality. Without padding the graph makes it from nothing.
-        fixed["attention_mask"] = mask.new_ones(len(mask), model_kwargs["past_key_values"].layers[0].max_cache_len)
-        fixed["attention_mask"][:, :held] = mask
-    count = torch.arange(steps, device=model.device)
-    moving = {}
-    if "position_ids" in accepted:
-        # transformers 4 makes them of the mask in every step.
-        first = mask.long().sum(1, keepdim=True) if positions is None else positions[..., -1:] + 1
-        moving["position_ids"] = first + count.view(-1, *[1] * first.dim())
-    if "cache_position" in accepted:  # there, the cache does not count
-        moving["cache_position"] = held + count.unsqueeze(1)
-    return fixed, moving
 
 
 class Results:

@@ -17,10 +17,12 @@ MOST_K = 128
 """The largest top-k that these kernels take."""
 ROOM = 512
 """Numbers that reach the bound and are looked at."""
-_CHUNKS = 1024
-"""Most chunks of a row: one program sorts their maxima."""
+_CHUNKS_PER_K = 5
+"""Chunks for each of the k: few, since every program of a row sorts their maxima, but with 2 k of them the k-th largest
+of the maxima would be far below the k-th largest number."""
+_MOST_CHUNKS = 1024
 _TILE = 2048
-"""Numbers that a program looks through."""
+"""Numbers that a program looks through, and the largest chunk."""
 
 
 @triton.jit
@@ -70,21 +72,14 @@ def collect_kernel(
 
 
 @triton.jit
-def draw_kernel(
-    maxima_ptr, values_ptr, indices_ptr, count_ptr, noise_ptr, chosen_ptr, alarm_ptr, V, chunks, k,
-    one_less_top_p, top_p_keeps, min_p,
-    CHUNKS: tl.constexpr, ROOM: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+def _draw(
+    values_ptr, indices_ptr, noise_ptr, count, V, k, one_less_top_p, top_p_keeps, min_p,
+    ROOM: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
 ):  # fmt: skip
-    """The token of one row. alarm: nan where there is no distribution, infinite where more than ROOM were collected."""
-    begin(PDL, EARLY)
-    row = tl.program_id(0)
-    chunk = tl.arange(0, CHUNKS)
-    maxima = tl.load(maxima_ptr + row * chunks + chunk, chunk < chunks, other=0.0)
-    count = tl.load(count_ptr + row)
+    """The token among the first ROOM that were collected, and the probability of the likeliest."""
     i = tl.arange(0, ROOM)
-    value = tl.load(values_ptr + row * ROOM + i, i < count, other=float("-inf"))
-    index = tl.load(indices_ptr + row * ROOM + i, i < count, other=0)
+    value = tl.load(values_ptr + i, i < count, other=float("-inf"))
+    index = tl.load(indices_ptr + i, i < count, other=0)
     # As integers, floats are in order once the lower bits of the negative ones are flipped. Of equal numbers the last
     # of the row comes first, as behind a stable sort that ascends: top-p drops the others before.
     bits = value.to(tl.int32, bitcast=True)
@@ -103,24 +98,50 @@ def draw_kernel(
     if MIN_P:
         weight = tl.where(weight < min_p * tl.max(weight), 0.0, weight)
     probability = weight / tl.sum(weight)
-    noise = tl.load(noise_ptr + row.to(tl.int64) * V + index, weight > 0.0, other=1.0)
+    noise = tl.load(noise_ptr + index, weight > 0.0, other=1.0)
     score = tl.where(weight > 0.0, probability / noise, -1.0)
     chosen = tl.min(tl.where(score == tl.max(score), index, V))
+    return chosen, tl.sum(tl.where(i == 0, probability, 0.0))
+
+
+@triton.jit
+def draw_kernel(
+    maxima_ptr, values_ptr, indices_ptr, count_ptr, noise_ptr, chosen_ptr, alarm_ptr, V, chunks, k,
+    one_less_top_p, top_p_keeps, min_p,
+    CHUNKS: tl.constexpr, FEW: tl.constexpr, ROOM: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The token of one row. alarm: nan where there is no distribution, infinite where more than ROOM were collected."""
+    begin(PDL, EARLY)
+    row = tl.program_id(0)
+    values_ptr += row * ROOM
+    indices_ptr += row * ROOM
+    noise_ptr += row.to(tl.int64) * V
+    chunk = tl.arange(0, CHUNKS)
+    maxima = tl.load(maxima_ptr + row * chunks + chunk, chunk < chunks, other=0.0)
+    count = tl.load(count_ptr + row)
+    if count <= FEW:  # as a rule: sorting all that there is room for takes 10 us longer
+        chosen, alarm = _draw(
+            values_ptr, indices_ptr, noise_ptr, count, V, k, one_less_top_p, top_p_keeps, min_p, FEW, TOP_P, MIN_P
+        )
+    else:
+        chosen, alarm = _draw(
+            values_ptr, indices_ptr, noise_ptr, count, V, k, one_less_top_p, top_p_keeps, min_p, ROOM, TOP_P, MIN_P
+        )
     tl.store(chosen_ptr + row, tl.where(chosen < V, chosen, 0).to(tl.int64))  # nan equals nothing
-    alarm = tl.sum(tl.where(i == 0, probability, 0.0))
     alarm = tl.where(count > ROOM, float("inf"), alarm)
     tl.store(alarm_ptr + row, tl.where(tl.max((maxima != maxima).to(tl.int32)) > 0, float("nan"), alarm))
 
 
-def _chunk(vocabulary: int) -> int:
-    return max(256, next_power_of_2(cdiv(vocabulary, _CHUNKS)))
+def _chunk(vocabulary: int, top_k: int) -> int:
+    return max(256, min(_TILE, next_power_of_2(vocabulary // (_CHUNKS_PER_K * top_k) + 1) // 2))
 
 
 def fits(batch: int, vocabulary: int, top_k: int) -> bool:
     """Whether these kernels take logits of this shape: top-k is small, there are many more chunks, and a grid's second
     dimension has room for the rows."""
-    chunk = _chunk(vocabulary)
-    return batch < 1 << 16 and top_k <= MOST_K and 2 * top_k <= cdiv(vocabulary, chunk) and chunk <= _TILE
+    chunks = cdiv(vocabulary, _chunk(vocabulary, top_k))
+    return batch < 1 << 16 and top_k <= MOST_K and 2 * top_k <= chunks <= _MOST_CHUNKS
 
 
 def sample(
@@ -139,7 +160,7 @@ def sample(
     threshold, and how many tokens stay whatever it is. `fits(B, V, top_k)` holds.
     """
     batch, vocabulary = logits.shape
-    chunk = _chunk(vocabulary)
+    chunk = _chunk(vocabulary, top_k)
     chunks, tiles = cdiv(vocabulary, chunk), cdiv(vocabulary, _TILE)
     maxima, values, alarm = noise.new_empty(batch, chunks), noise.new_empty(batch, ROOM), noise.new_empty(batch)
     indices = torch.empty(batch, ROOM, dtype=torch.int32, device=logits.device)
@@ -162,6 +183,7 @@ def sample(
         draw_kernel, (batch,),
         maxima, values, indices, count, noise, chosen, alarm, vocabulary, chunks, top_k,
         1 - p, p_keeps, min_p or 0.0,
-        CHUNKS=pad, ROOM=ROOM, TOP_P=top_p is not None, MIN_P=min_p is not None, **options,
+        CHUNKS=pad, FEW=next_power_of_2(max(2 * top_k, 16)), ROOM=ROOM,
+        TOP_P=top_p is not None, MIN_P=min_p is not None, **options,
     )  # fmt: skip
     return chosen, alarm
