@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import clear_caches
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import StaticLayer
@@ -130,6 +131,7 @@ def one_line(fault: BaseException) -> str:
 def measure(row: Row, tell: Tell) -> dict[str, Any]:
     """The record of a row: what `results` keeps, without the shape and the environment."""
     torch._dynamo.config.recompile_limit = 64  # each mode compiles the same code object
+    torch._inductor.config.autotune_local_cache = False
     where = device(row.device)
     tell("bandwidth", False)
     bandwidth = where.bandwidth()
@@ -174,8 +176,11 @@ def measure(row: Row, tell: Tell) -> dict[str, Any]:
 
 
 def first_calls(subject: Subject, run: Callable[..., Any], record: dict[str, Any], where: Cuda, base: int) -> None:
-    """Seconds until the mode is at full speed, and the peak of memory as if no other mode had run before."""
+    """Seconds until the mode is at full speed, and the peak of memory as if no other mode had run before: each mode of
+    Inductor's measures its Triton kernels itself, which takes seconds and a buffer of 63 MB on an H200, and does not
+    find what another measured. (Compiled kernels on the disk it does find.)"""
     fusepass.reset()
+    clear_caches()
     allocated = where.reset_peak()
     begin = time.perf_counter()
     for _ in range(WARM_UP):
