@@ -1,8 +1,10 @@
 """The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
 
+import contextlib
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fusepass.report import GraphReport, Report, record
 
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
+_here = threading.local()
 
 
 class NothingFused(RuntimeError):
@@ -36,6 +39,32 @@ def fusepass(
     or TypeError for options that do not exist, and `NothingFused` if `strict` asks for it. A fault of our own is
     logged and leaves the graph as it was.
     """
+    return _watchable(_compile(gm, example_inputs, mode, options))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[tuple[Any, ...]]]:
+    """The compiled graphs that this thread runs meanwhile, each with the addresses and numbers that it is given."""
+    ran: list[tuple[Any, ...]] = []
+    _here.ran = ran
+    try:
+        yield ran
+    finally:
+        _here.ran = None
+
+
+def _watchable(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if (ran := getattr(_here, "ran", None)) is not None:
+            ran.append((weakref.ref(run), *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)))
+        return compiled(*args)
+
+    return run
+
+
+def _compile(
+    gm: GraphModule, example_inputs: list[Any], mode: str | None, options: Mapping[str, Any] | None
+) -> Callable[..., Any]:
     parsed = Options.parse(options, mode)
     if disabled():
         _once(log.info, "FUSEPASS_DISABLE=1: graphs go to Inductor as they are")

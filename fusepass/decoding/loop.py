@@ -20,7 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from fusepass.decoding.handback import is_ours_to_choose, obstacle
-from fusepass.decoding.step import Recorder
+from fusepass.decoding.step import Step, here, without_cuda_graphs
 from fusepass.decoding.steps import decode
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class DecodeLoop:
         self.run_ahead = run_ahead
         self.cache_length = cache_length
         self._kept: tuple[Any, Any] | None = None
-        self._recorder: Recorder | None = None
+        self._step: Step | None = None
 
     def __call__(
         self,
@@ -89,12 +89,18 @@ class DecodeLoop:
         if input_ids.is_cuda and config.compile_config is None:
             config.compile_config = CompileConfig(backend="fusepass")
         run_ahead = self.run_ahead if self.run_ahead is not None else 4 * input_ids.is_cuda
-        recorder, self._recorder = self._recorder, None  # no two threads share it
-        if recorder is None or recorder.of != (weakref.ref(model), input_ids.device):
-            recorder = Recorder(model, input_ids.device)
+        step, self._step = self._step, None  # no two threads share it
+        if step is None or (step.recorder.device, step.stream) != (input_ids.device, here(input_ids.device)):
+            step = Step(input_ids.device)
+        given = config.compile_config
+        if step.recorder.usable and given is not None and (plain := without_cuda_graphs(model, given)):
+            config.compile_config = plain
+        else:
+            given = None
         with torch.cuda.device_of(input_ids):
-            sequences = decode(model, prepared, model_kwargs, run_ahead, self.streamer, recorder)
-        self._recorder = recorder
+            sequences = decode(model, step, prepared, model_kwargs, given, run_ahead, self.streamer)
+        step.stop()
+        self._step = step
 
         if self.streamer is not None:
             self.streamer.end()
@@ -129,13 +135,13 @@ class DecodeLoop:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the settings, and will have a cache and CUDA graphs of its own."""
-        return {**self.__dict__, "_kept": None, "_recorder": None}
+        return {**self.__dict__, "_kept": None, "_step": None}
 
     def _take_cache(self, model: Any, batch: int, generation_config: GenerationConfig) -> tuple[Any, Any]:
         """The kept cache, emptied, or else a new one; and what calls it fits. Until the call has ended it is not kept:
-        no two threads share it. CUDA graphs belong to its address: with another, Inductor records anew, 128 times."""
+        no two threads share it. CUDA graphs belong to its address: with another, they are recorded anew."""
         config = model.config.get_text_config(decoder=True)
-        modes = model.device, model.dtype, torch.is_inference_mode_enabled()
+        modes = model.device, here(model.device), model.dtype, torch.is_inference_mode_enabled()
         key = weakref.ref(model), config.num_hidden_layers, batch, *modes
         need = generation_config.max_length - 1
         if generation_config.cache_implementation == "static":  # as `generate` sizes its own

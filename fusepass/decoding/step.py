@@ -3,9 +3,12 @@
 import copy
 import inspect
 import logging
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,120 +16,175 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GenerationConfig
 
+from fusepass.backend import watched
 from fusepass.decoding.choice import Choice
 from fusepass.inductor import uses_cuda_graphs
 
 log = logging.getLogger(__name__)
 
 WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+_UNRECORDED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose steps turned out not to be recordable."""
+_ALONE = threading.Lock()
+"""Before torch 2.13 the random state of a device takes part in one capture at a time, and in no replay meanwhile."""
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+"""Where graphs are recorded: cuBLAS keeps a workspace for every stream that it has seen."""
 
 
 class Recorder:
-    """Records CUDA graphs of a model's steps, each in the memory of the one before, which it replaces."""
+    """Records CUDA graphs, each in the memory of the one before, which it replaces."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.of = weakref.ref(model), device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.usable = device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        if self.usable:
-            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.pool: Any = torch.cuda.graph_pool_handle() if self.usable else None
 
     def record(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, which `replay` computes: nothing is computed here. Raises what `work` raises, or CUDA
         about work that can not be recorded."""
         # Not `torch.cuda.graph`, which waits for the device and gives the allocator's memory back.
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
-            try:
-                result = work()
-            except BaseException:
-                with suppress(Exception):
-                    self._end(graph)
-                raise
-            self._end(graph)
-        here.wait_stream(self.stream)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        with _ALONE:
+            if self.device not in _streams:
+                _streams[self.device] = torch.cuda.Stream(self.device)
+            stream = _streams[self.device]
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with suppress(Exception):
+                        self._end(graph)
+                    raise
+                self._end(graph)
+            before.wait_stream(stream)
         self.graph = graph
         return result
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             graph.capture_end()
-        except Exception:  # then it leaves allocator and random state as if it still recorded (pytorch issue 171263)
-            device = self.stream.device_index
-            torch._C._cuda_endAllocateToPool(device, self.pool)
-            torch._C._cuda_releasePool(device, self.pool)
-            generator = torch.cuda.default_generators[device]
-            generator.graphsafe_set_state(generator.clone_state())
+        except Exception:  # allocator and random state still believe in the capture (pytorch issue 171263)
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            torch.empty(1, device=self.device).zero_()
+            other.capture_end()  # ends it for the random state too
             raise
 
     def replay(self) -> None:
         assert self.graph is not None
-        self.graph.replay()
+        with _ALONE:
+            self.graph.replay()
 
 
 class Step:
-    """Feeds `token` [B] int64 to the model, and writes the next one to it.
+    """Feeds `token` [B] int64 to the model, and writes the next one to it. `start` begins a call of `generate`.
 
     What Inductor's CUDA graphs leave to the host, Dynamo's guards and checks of some 300 addresses, takes a slow one
     longer than a small model takes an H200: 0.75 ms a token where the device needs 0.56. So with the backend fusepass
-    the loop compiles without them and records a graph of its own, which holds the choice too. It does so in every call
-    of `generate`, behind a step in which nothing was compiled: what the guards looked at can not change before the end.
-
-    prepared, model_kwargs: what `generate` gives its loops and the model; `held`: how many tokens the cache holds.
+    the loop compiles without them and records a graph of its own, which holds the choice too. The first step of every
+    call runs as it would without: Dynamo checks its guards, and the recorded graph is replayed only if that step was
+    one compiled graph, the same one, of the same addresses.
     """
 
-    def __init__(
+    def __init__(self, device: torch.device) -> None:
+        self.recorder = Recorder(device)
+        self.stream = here(device)
+        self.like: tuple[Any, ...] | None = None
+        self.tensors: dict[str, Tensor] = {}
+        self.recorded: tuple[Tensor, Tensor | None] | None = None
+        self.ran: list[Any] = []
+        """What a step like `recorded` runs."""
+
+    def start(
         self,
         model: Any,
+        token: Tensor,
         prepared: dict[str, Any],
         model_kwargs: dict[str, Any],
-        token: Tensor,
+        given: CompileConfig | None,
         held: int,
         eos: Tensor | None,
-        recorder: Recorder,
     ) -> None:
+        """Begin with `token` [B] behind `held` in the cache. prepared, model_kwargs: what `generate` gives its loops
+        and the model; `given`: its compile_config, where `prepared` has one without CUDA graphs in its place."""
         config: GenerationConfig = prepared["generation_config"]
-        self.model, self.cache, self.token, self.recorder = model, model_kwargs["past_key_values"], token, recorder
+        self.model, self.cache, self.given = model, model_kwargs["past_key_values"], given
         self.select = Choice(prepared["logits_processor"], config.do_sample)
-        self.eos = eos if len(token) > 1 else None
-        self.pad: Any = config._pad_token_tensor
-        self.unfinished = torch.ones_like(token, dtype=torch.bool)
-        fixed, self.moving = _inputs(model, model_kwargs, held)
-        self.inputs = {"input_ids": token.unsqueeze(1), **fixed, **self.moving, "return_dict": True}
-
-        self.config = config.compile_config
-        self.recorded: tuple[Tensor, Tensor | None] | None = None
-        self.recordable = self.quiet = False
-        if not model._valid_auto_compile_criteria(model_kwargs, config):
+        fixed, counting = _inputs(model, model_kwargs, held)
+        pad: Any = config._pad_token_tensor
+        ends = eos is not None and len(token) > 1
+        new: dict[str, Any] = {"token": token, "unfinished": torch.ones_like(token, dtype=torch.bool), **counting}
+        new |= {name: item for name, item in fixed.items() if isinstance(item, Tensor)}
+        new |= {"eos": eos, "pad": pad} if ends else {}
+        rest = {name: item for name, item in fixed.items() if name not in (*new, "past_key_values")}
+        settings = [(type(one), vars(one)) for one in prepared["logits_processor"]] if self.select.recordable else None
+        shapes = [(name, item.shape, item.dtype) for name, item in new.items()]
+        like = torch.is_inference_mode_enabled(), config.do_sample, settings, shapes, rest
+        if like == self.like:
+            for name, item in new.items():
+                self.tensors[name].copy_(item)
+        else:
+            self.like, self.recorded = like, None
+            self.tensors = {name: item.clone(memory_format=torch.contiguous_format) for name, item in new.items()}
+        self.token, self.unfinished = self.tensors["token"], self.tensors["unfinished"]
+        self.eos, self.pad = self.tensors.get("eos"), self.tensors.get("pad")
+        self.moving = [self.tensors[name] for name in counting]
+        inputs = {name: self.tensors.get(name, item) for name, item in (fixed | counting).items()}
+        self.inputs = {"input_ids": self.token.unsqueeze(1), **inputs, "return_dict": True}
+        self.checked, self.recordable = False, given is not None
+        if model._valid_auto_compile_criteria(model_kwargs, config):
+            self.call = model.get_compiled_call(config.compile_config)
+        else:
             log.info("decode_loop: the forward of %s is not compiled on %s", type(model).__name__, token.device)
-            self.call = model.__call__
-            return
-        plain = without_cuda_graphs(self.config) if recorder.usable else None
-        self.recordable = plain is not None and not has_hooks(model)
-        self.call = model.get_compiled_call(plain if self.recordable else self.config)
+            self.call, self.recordable = model.__call__, False
+
+    def stop(self) -> None:
+        """Hold neither model nor cache until the next `start`."""
+        self.model = self.cache = self.call = None
+        self.inputs = {}
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
         """Take a step. `tokens` [N, B] are those so far. Returns what `Choice` does."""
-        if self.recordable and self.quiet and self.recorded is None:
+        if self.checked and self.recorded is None:
             self._record(tokens)
-        if self.recorded is not None:
+        if self.checked and self.recorded is not None:
             self.recorder.replay()
             logits, alarm = self.recorded
             return alarm if self.select.recordable else self._choose(logits, tokens)
-        compiled = counters["frames"]["total"]
-        alarm = self._choose(self._forward(), tokens)
-        self.quiet = compiled == counters["frames"]["total"]
-        return alarm
+        return self._run(tokens)
 
     def rewind(self, steps: int, token: Tensor, unfinished: list[bool]) -> None:
         """Feed `token` [B], that of so many steps ago, once more, and let the choice look at more tokens."""
         self.select.widen()
         self.token.copy_(token)
-        self.unfinished.copy_(torch.tensor(unfinished))
-        torch._foreach_sub_(list(self.moving.values()), steps)
-        self.recorded, self.quiet = None, False
+        self.unfinished.copy_(torch.tensor(unfinished, device="cpu"))
+        for count in self.moving:
+            count.sub_(steps)
+        self.like = self.recorded = None
+        self.checked = False
+
+    def _run(self, tokens: Tensor) -> Tensor | None:
+        """Take a step that is not replayed, and find out whether the next one may be."""
+        frames = counters["frames"]["total"]
+        state = partial(python_state, self.model, self.cache, self.recorder.device)
+        before = state() if self.recordable and self.recorded is None else []
+        with watched() as ran:
+            alarm = self._choose(self._forward(), tokens)
+        if self.recordable and frames == counters["frames"]["total"]:  # else something was compiled
+            if len(ran) != 1:
+                self._leave_it_to_inductor(f"it runs as {len(ran)} compiled graphs, not as one")
+            elif before and not same(before, state()):
+                self._leave_it_to_inductor("it changes attributes of modules or of the cache")
+            else:
+                self.checked = self.recorded is None or ran == self.ran
+                self.recorded = self.recorded if self.checked else None
+                self.ran = ran
+        return alarm
 
     def _forward(self) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -137,10 +195,10 @@ class Step:
         if self.eos is not None:
             self.unfinished &= (self.token.unsqueeze(1) != self.eos).all(1)
         alarm = self.select(logits, tokens, self.token)
-        if self.eos is not None:
+        if self.eos is not None and self.pad is not None:
             torch.where(self.unfinished, self.token, self.pad, out=self.token)
-        if self.moving:
-            torch._foreach_add_(list(self.moving.values()), 1)
+        for count in self.moving:
+            count.add_(1)
         return alarm
 
     def _record(self, tokens: Tensor) -> None:
@@ -148,19 +206,22 @@ class Step:
             logits = self._forward()
             return logits, self._choose(logits, tokens) if self.select.recordable else None
 
-        before = python_state(self.model, self.cache)
         try:
             self.recorded = self.recorder.record(work)
         except Exception as fault:
             self._leave_it_to_inductor(f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}")
-        else:  # what Python does in the step has been done, once: the replay that follows does the rest of that step
-            if not same(before, python_state(self.model, self.cache)):
-                self._leave_it_to_inductor("its forward changes attributes of modules or of the cache")
 
     def _leave_it_to_inductor(self, reason: str) -> None:
-        log.warning("decode_loop: no step of %s is recorded by the loop: %s", type(self.model).__name__, reason)
-        self.recordable = self.recorder.usable = False
-        self.call = self.model.get_compiled_call(self.config)
+        log.warning("decode_loop: the step of %s is not recorded by the loop: %s", type(self.model).__name__, reason)
+        _UNRECORDED.add(self.model)
+        self.recordable = self.checked = False
+        self.recorded = self.recorder.graph = None
+        self.call = self.model.get_compiled_call(self.given)
+
+
+def here(device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream: what it holds may still run when a call of `generate` has returned."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _inputs(model: Any, model_kwargs: dict[str, Any], held: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -182,35 +243,52 @@ def _inputs(model: Any, model_kwargs: dict[str, Any], held: int) -> tuple[dict[s
     return fixed, counting
 
 
-def without_cuda_graphs(config: CompileConfig) -> CompileConfig | None:
+def without_cuda_graphs(model: nn.Module, config: CompileConfig) -> CompileConfig | None:
     """The same without Inductor's CUDA graphs; None where the loop is not to bring its own: other back ends, modes
-    without them, and `verify`, which compares on the host."""
+    without them, `verify`, which compares on the host, and models with functions of the user in their forward."""
     options = dict(config.options or {})
-    mode = config.mode or options.get("mode")
+    mode, inductor = config.mode or options.get("mode"), options.get("inductor") or {}
     if config.backend != "fusepass" or mode not in WITHOUT_CUDA_GRAPHS or options.get("verify"):
         return None
-    mode = WITHOUT_CUDA_GRAPHS[mode]
-    if uses_cuda_graphs(mode, options.get("inductor", {})):
+    without = WITHOUT_CUDA_GRAPHS[mode]
+    if not uses_cuda_graphs(mode, inductor) or uses_cuda_graphs(without, inductor) or model in _UNRECORDED:
         return None
-    plain = copy.copy(config)
-    plain.mode, plain.options = (None, {**options, "mode": mode}) if options else (mode, None)  # type: ignore[assignment]
+    if has_hooks(model):
+        log.info("decode_loop: %s has hooks, which a recorded step would not call", type(model).__name__)
+        return None
+    plain: Any = copy.copy(config)
+    plain.mode, plain.options = (None, {**options, "mode": without}) if options else (without, None)
     return plain
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether functions of the user run in the forward: a replay does not call them."""
-    hooks = nn.modules.module
-    return hooks._has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    """Whether functions of the user may run in the forward: a replay does not call them."""
+    return nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
     )
 
 
-def python_state(model: nn.Module, cache: Any) -> list[tuple[Any, int]]:
-    """What a forward can change on the host: the attributes of modules and of the cache, and how long they are."""
-    owners = [*model.modules(), cache, *cache.layers]
-    values = [*model.buffers(), *(value for owner in owners for value in vars(owner).values())]
-    return [(value, len(value) if isinstance(value, (list, dict, set)) else 0) for value in values]
+def python_state(model: nn.Module, cache: Any, device: torch.device) -> list[Any]:
+    """What a forward can change elsewhere than on the device: the attributes of modules and of the cache, and what
+    these contain."""
+    own = {"_compiled_call", "_last_compile_config"}  # of transformers: the same for every thread that generates
+    state: list[Any] = []
+    for owner in (*model.modules(), cache, *cache.layers):
+        for name, value in vars(owner).items():
+            if name in own:
+                continue
+            state.append(value)
+            if isinstance(value, dict):
+                state += value.values()
+            elif isinstance(value, (list, tuple, set, deque)):
+                state += value
+            elif isinstance(value, Tensor) and value.device != device and not value.is_inference():
+                state.append(value._version)
+    return state
 
 
-def same(before: list[tuple[Any, int]], after: list[tuple[Any, int]]) -> bool:
-    return len(before) == len(after) and all(a is b and m == n for (a, m), (b, n) in zip(before, after))
+def same(before: list[Any], after: list[Any]) -> bool:
+    """Whether two states hold the same objects, or equal numbers and strings."""
+    return len(before) == len(after) and all(
+        a is b or (isinstance(a, (int, float, str)) and a == b) for a, b in zip(before, after)
+    )

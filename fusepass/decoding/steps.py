@@ -7,26 +7,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import CompileConfig, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 
 from fusepass.decoding.handback import prompt_length
-from fusepass.decoding.step import Recorder, Step
+from fusepass.decoding.step import Step
 
 
 def decode(
     model: Any,
+    step: Step,
     prepared: dict[str, Any],
     model_kwargs: dict[str, Any],
+    given: CompileConfig | None,
     run_ahead: int,
     streamer: Any,
-    recorder: Recorder,
 ) -> Tensor:
     """Sequences [B, N] int64: the prompts and what follows, until every sequence has ended.
 
     `prepared` is what `generate` gives its loops (input_ids [B, S], processors, criteria, config), `model_kwargs` what
     it gives the model, with a static cache. The cache then holds every token but the last, as `_sample` leaves it.
-    The graph that `recorder` holds then is of no more use, but for its memory.
+    `given`: see `Step.start`.
     """
     config, cache = prepared["generation_config"], model_kwargs["past_key_values"]
     # Hugging Face's own loop, for one token: it knows prompts in chunks and caches continued, each release in its way.
@@ -43,7 +44,7 @@ def decode(
     # A row for each position: what a step reads and what it writes are contiguous.
     tokens = first.new_empty(config.max_length, batch)
     tokens[:start] = first.t()
-    step = Step(model, prepared, model_kwargs, first[:, -1].clone(), held, eos, recorder)
+    step.start(model, first[:, -1], prepared, model_kwargs, given, held, eos)
     results = Results(first[:, -1], eos, run_ahead, streamer, config.do_sample)
     length, surplus = start, 0
     with getattr(model, "_optimize_model_for_decode", nullcontext)():
