@@ -1,6 +1,7 @@
 """The whole path of a graph: options -> collect and rewrite sites -> report -> hand over."""
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -54,6 +55,7 @@ def watched() -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _watchable(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiled)  # ahead-of-time compilation asks for its attributes
     def run(*args: Any) -> Any:
         if (ran := getattr(_here, "ran", None)) is not None:
             ran.append((weakref.ref(run), *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GenerationConfig
 
@@ -25,10 +26,10 @@ log = logging.getLogger(__name__)
 WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 _UNRECORDED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models whose steps turned out not to be recordable."""
-_ALONE = threading.Lock()
-"""Before torch 2.13 the random state of a device takes part in one capture at a time, and in no replay meanwhile."""
+_ALONE = threading.RLock()
+"""Before torch 2.13 no graph may be replayed and no number drawn on a device while another thread captures there."""
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-"""Where graphs are recorded: cuBLAS keeps a workspace for every stream that it has seen."""
+"""Where graphs are recorded."""
 
 
 class Recorder:
@@ -51,6 +52,7 @@ class Recorder:
             stream = _streams[self.device]
             stream.wait_stream(before)
             with torch.cuda.stream(stream):
+                torch._C._cuda_clearCublasWorkspaces()  # each graph has its own, in its own memory
                 graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 try:
                     result = work()
@@ -59,6 +61,7 @@ class Recorder:
                         self._end(graph)
                     raise
                 self._end(graph)
+                torch._C._cuda_clearCublasWorkspaces()
             before.wait_stream(stream)
         self.graph = graph
         return result
@@ -86,9 +89,9 @@ class Step:
 
     What Inductor's CUDA graphs leave to the host, Dynamo's guards and checks of some 300 addresses, takes a slow one
     longer than a small model takes an H200: 0.75 ms a token where the device needs 0.56. So with the backend fusepass
-    the loop compiles without them and records a graph of its own, which holds the choice too. The first step of every
-    call runs as it would without: Dynamo checks its guards, and the recorded graph is replayed only if that step was
-    one compiled graph, the same one, of the same addresses.
+    the loop compiles without them, and without graph breaks, and records a graph of its own, which holds the choice
+    too. The first step of every call runs as it would without: Dynamo checks its guards, and what was recorded is
+    replayed only if that step was one compiled graph, the same one as in the step before, of the same addresses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,7 +101,7 @@ class Step:
         self.tensors: dict[str, Tensor] = {}
         self.recorded: tuple[Tensor, Tensor | None] | None = None
         self.ran: list[Any] = []
-        """What a step like `recorded` runs."""
+        """What the last step that was not replayed ran, and so what `recorded` is of."""
 
     def start(
         self,
@@ -132,7 +135,7 @@ class Step:
             self.like, self.recorded = like, None
             self.tensors = {name: item.clone(memory_format=torch.contiguous_format) for name, item in new.items()}
         self.token, self.unfinished = self.tensors["token"], self.tensors["unfinished"]
-        self.eos, self.pad = self.tensors.get("eos"), self.tensors.get("pad")
+        self.eos = self.tensors.get("eos")
         self.moving = [self.tensors[name] for name in counting]
         inputs = {name: self.tensors.get(name, item) for name, item in (fixed | counting).items()}
         self.inputs = {"input_ids": self.token.unsqueeze(1), **inputs, "return_dict": True}
@@ -165,26 +168,35 @@ class Step:
         self.unfinished.copy_(torch.tensor(unfinished, device="cpu"))
         for count in self.moving:
             count.sub_(steps)
-        self.like = self.recorded = None
+        self.like = self.recorded = None  # the next call begins with the narrow choice
         self.checked = False
 
     def _run(self, tokens: Tensor) -> Tensor | None:
         """Take a step that is not replayed, and find out whether the next one may be."""
+        if not self.recordable:
+            return self._choose(self._forward(), tokens)
         frames = counters["frames"]["total"]
         state = partial(python_state, self.model, self.cache, self.recorder.device)
-        before = state() if self.recordable and self.recorded is None else []
-        with watched() as ran:
-            alarm = self._choose(self._forward(), tokens)
-        if self.recordable and frames == counters["frames"]["total"]:  # else something was compiled
-            if len(ran) != 1:
+        before = state() if self.recorded is None else None
+        try:
+            with watched() as ran:
+                logits = self._forward()
+        except (TorchDynamoException, FailOnRecompileLimitHit) as fault:
+            self._leave_it_to_inductor(_one_line(fault))
+            logits = self._forward()
+        else:
+            if not ran:
+                log.info("decode_loop: torch.compile is switched off, or has given up")
+                self.recordable = False
+            elif len(ran) > 1:
                 self._leave_it_to_inductor(f"it runs as {len(ran)} compiled graphs, not as one")
-            elif before and not same(before, state()):
+            elif before is not None and frames == counters["frames"]["total"] and not same(before, state()):
                 self._leave_it_to_inductor("it changes attributes of modules or of the cache")
             else:
-                self.checked = self.recorded is None or ran == self.ran
-                self.recorded = self.recorded if self.checked else None
+                self.checked = ran == self.ran and frames == counters["frames"]["total"]
+                self.recorded = self.recorded if ran == self.ran else None
                 self.ran = ran
-        return alarm
+        return self._choose(logits, tokens)
 
     def _forward(self) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -194,9 +206,10 @@ class Step:
     def _choose(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
         if self.eos is not None:
             self.unfinished &= (self.token.unsqueeze(1) != self.eos).all(1)
-        alarm = self.select(logits, tokens, self.token)
-        if self.eos is not None and self.pad is not None:
-            torch.where(self.unfinished, self.token, self.pad, out=self.token)
+        with _ALONE:
+            alarm = self.select(logits, tokens, self.token)
+        if self.eos is not None:
+            torch.where(self.unfinished, self.token, self.tensors["pad"], out=self.token)
         for count in self.moving:
             count.add_(1)
         return alarm
@@ -209,7 +222,7 @@ class Step:
         try:
             self.recorded = self.recorder.record(work)
         except Exception as fault:
-            self._leave_it_to_inductor(f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}")
+            self._leave_it_to_inductor(_one_line(fault))
 
     def _leave_it_to_inductor(self, reason: str) -> None:
         log.warning("decode_loop: the step of %s is not recorded by the loop: %s", type(self.model).__name__, reason)
@@ -217,6 +230,10 @@ class Step:
         self.recordable = self.checked = False
         self.recorded = self.recorder.graph = None
         self.call = self.model.get_compiled_call(self.given)
+
+
+def _one_line(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}"
 
 
 def here(device: torch.device) -> torch.cuda.Stream | None:
@@ -244,8 +261,9 @@ def _inputs(model: Any, model_kwargs: dict[str, Any], held: int) -> tuple[dict[s
 
 
 def without_cuda_graphs(model: nn.Module, config: CompileConfig) -> CompileConfig | None:
-    """The same without Inductor's CUDA graphs; None where the loop is not to bring its own: other back ends, modes
-    without them, `verify`, which compares on the host, and models with functions of the user in their forward."""
+    """The same without Inductor's CUDA graphs and without graph breaks; None where the loop is not to bring its own:
+    other back ends, modes without them, `verify`, which compares on the host, and models with functions of the user in
+    their forward."""
     options = dict(config.options or {})
     mode, inductor = config.mode or options.get("mode"), options.get("inductor") or {}
     if config.backend != "fusepass" or mode not in WITHOUT_CUDA_GRAPHS or options.get("verify"):
@@ -257,6 +275,7 @@ def without_cuda_graphs(model: nn.Module, config: CompileConfig) -> CompileConfi
         log.info("decode_loop: %s has hooks, which a recorded step would not call", type(model).__name__)
         return None
     plain: Any = copy.copy(config)
+    plain.fullgraph = True
     plain.mode, plain.options = (None, {**options, "mode": without}) if options else (without, None)
     return plain
 

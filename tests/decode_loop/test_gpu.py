@@ -74,7 +74,7 @@ def test_on_a_gpu_running_ahead_changes_neither_samples_nor_the_random_state(on_
 
 
 class Waiting(Qwen3RMSNorm):
-    """A norm that makes the host wait, so that Dynamo breaks the graph."""
+    """A norm that makes the host wait: Dynamo has to break the graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.abs().sum().item() >= 0

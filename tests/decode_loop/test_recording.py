@@ -1,10 +1,10 @@
 """Steps that are recorded: which, when, and what runs where they are not. A CUDA graph is played by a stand-in here."""
 
+import functools
 import gc
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, Qwen3ForCausalLM, StaticCache
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import fusepass
@@ -241,6 +241,62 @@ def test_a_forward_that_changes_the_model_in_python_runs_in_every_step(
     assert "changes attributes" in messages[0] or "0 compiled graphs" in messages[0]
 
 
+NOTED: list[int] = []
+
+
+@torch.compiler.disable
+def note() -> int:
+    NOTED.append(1)
+    return len(NOTED)
+
+
+class NotingFirst(Qwen3ForCausalLM):
+    """Dynamo breaks the graph: what is before and behind the break runs in Python."""
+
+    @functools.wraps(Qwen3ForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        sign = 1 - 2 * (note() % 2)
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * sign
+        return outputs
+
+
+class NotingLast(Qwen3ForCausalLM):
+    @functools.wraps(Qwen3ForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        note()
+        return outputs
+
+
+@pytest.mark.parametrize("kind", [NotingFirst, NotingLast])
+def test_a_forward_with_a_graph_break_runs_in_every_step(
+    kind: type[Qwen3ForCausalLM], recorders: list[StandIn], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, loop = small_qwen3(1), fusepass.decode_loop(run_ahead=0)
+    model.__class__ = kind
+    for _ in range(2):
+        NOTED.clear()
+        plain, ours = both_ways(model, loop, eos_token_id=None)
+        assert torch.equal(ours, plain)
+        assert len(NOTED) == 2 * 18
+    assert not recorders[0].recorded
+    messages = [record.getMessage() for record in caplog.records if record.name == "fusepass.decoding.step"]
+    assert len(messages) == 1
+    assert kind.__name__ in messages[0]
+
+
+def test_a_call_with_torch_compile_switched_off_says_nothing_about_the_model(recorders: list[StandIn]) -> None:
+    model, loop = small_qwen3(1), fusepass.decode_loop()
+    with torch.compiler.set_stance("force_eager"):
+        plain, ours = both_ways(model, loop)
+        assert torch.equal(ours, plain)
+    assert not recorders[0].recorded
+    plain, ours = both_ways(model, loop)
+    assert torch.equal(ours, plain)
+    assert recorders[0].recorded
+
+
 def test_what_can_not_be_recorded_is_said_once_and_runs_in_inductors_graphs(
     recorders: list[StandIn], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,7 +346,7 @@ def test_what_a_forward_may_leave_behind_is_seen() -> None:
     norm = model.model.norm
     norm.stats, norm.seen, norm.last = {"calls": 0}, [None], deque([1], maxlen=1)
     norm.count, norm.rate = torch.zeros(1), 0.5
-    state = partial(python_state, model, cache, torch.device("cuda"))
+    state = functools.partial(python_state, model, cache, torch.device("cuda"))
     before = state()
     model._compiled_call = lambda: None  # another thread's generate
     norm.rate = float("0.5")
@@ -329,7 +385,7 @@ def test_the_loop_brings_its_own_graph_where_cuda_graphs_are_asked_for(given: di
     assert plain is not None
     assert config.to_dict() == before
     options = {**given["options"], "mode": mode} if "options" in given else None
-    assert plain.to_dict() == {**before, "mode": None if options else mode, "options": options}
+    assert plain.to_dict() == {**before, "fullgraph": True, "mode": None if options else mode, "options": options}
 
 
 @pytest.mark.parametrize(
