@@ -108,6 +108,10 @@ def compile_with_inductor(
             patches.setdefault("combo_kernel_max_num_nodes", 256)
         else:
             wide = wide_combo_kernels()
+        # Without CUDA graphs, what the host does is what a step takes: of 3.85 ms, 0.27 for comparing the strides of
+        # 480 tensors with those that Dynamo has compared already, or that the fake of an op of ours promises.
+        if not uses_cuda_graphs(mode, options):
+            patches.setdefault("size_asserts", False)
         patches[_SLOT] = InductorPass(patches.get(_SLOT, getattr(config, _SLOT)))
     wrapper = torch._TorchCompileInductorWrapper(mode, patches, None)
     with wide:

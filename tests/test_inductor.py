@@ -1,4 +1,4 @@
-"""What our pass does to the graph that Inductor is about to lower."""
+"""What we ask of Inductor, and what our pass does to the graph that it is about to lower."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch._inductor.scheduler import ForeachKernelSchedulerNode as Combination
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusepass.inductor import fuse_outer_products, wide_combo_kernels
+from fusepass.inductor import compile_with_inductor, fuse_outer_products, wide_combo_kernels
 
 aten = torch.ops.aten
 
@@ -73,3 +73,29 @@ def test_nodes_of_one_level_and_device_are_combined_and_afterwards_inductors_gro
         first, second = levels
         assert Combination.group_nodes_for_combo_kernels(scheduler) == [first[:5], first[5:6], second]
     assert len(Combination.group_nodes_for_combo_kernels(scheduler)) == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "fused", "asserts"),
+    [
+        (None, {}, True, False),
+        ("max-autotune-no-cudagraphs", {}, True, False),
+        (None, {"size_asserts": True}, True, True),
+        (None, {}, False, None),
+        ("reduce-overhead", {}, True, None),
+        (None, {"triton.cudagraphs": True}, True, None),
+    ],
+)
+def test_sizes_are_asserted_as_inductor_does_but_where_every_step_would_pay_for_it(
+    mode: str | None, options: dict[str, Any], fused: bool, asserts: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def wrapper(mode: Any, options: Any, dynamic: Any) -> Any:
+        given.append(options)
+        return lambda gm, inputs: gm
+
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", wrapper)
+    gm = make_fx(torch.neg, tracing_mode="fake")(torch.ones(2))
+    compile_with_inductor(gm, [], mode, options, fused)
+    assert given[0].get("size_asserts") is asserts

@@ -72,10 +72,8 @@ class Recorder:
         except Exception:  # allocator and random state still believe in the capture (pytorch issue 171263)
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
-            other = torch.cuda.CUDAGraph()
-            other.capture_begin(capture_error_mode="thread_local")
-            torch.empty(1, device=self.device).zero_()
-            other.capture_end()  # ends it for the random state too
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
 
     def replay(self) -> None:
