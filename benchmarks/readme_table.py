@@ -51,7 +51,8 @@ def table(records: list[Record], kind: str) -> str:
     """The records of one GPU, kind, context and dtype, under a caption that says what they were measured with."""
 
     def shared(name: str) -> str:
-        return " and ".join(dict.fromkeys(str(record[name]) for record in records))
+        *others, last = dict.fromkeys(str(record[name]) for record in records)
+        return f"{', '.join(others)} and {last}" if others else last
 
     versions = ", ".join(f"{name} {shared(name)}" for name in ("torch", "triton", "transformers", "commit"))
     weights = "random weights, " if all(record["model"] in DIMENSIONS for record in records) else ""

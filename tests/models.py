@@ -28,7 +28,7 @@ def small_qwen3(
         head_dim=16,
         max_position_embeddings=128,
     )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**config, **changes}), torch_dtype=dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**config, **changes}), dtype=dtype)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.3, 3.0)

@@ -259,7 +259,7 @@ def qwen3_32b(layers: int = 64) -> PreTrainedModel:
         head_dim=128,
     )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 @torch.no_grad()
