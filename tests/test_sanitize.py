@@ -37,7 +37,7 @@ def output() -> dict[str, str]:
         )
         for tool in TOOLS
     }
-    printed = {tool: process.communicate(timeout=300)[0] for tool, process in processes.items()}
+    printed = {tool: process.communicate(timeout=600)[0] for tool, process in processes.items()}
     if any("Device not supported" in text for text in printed.values()):
         pytest.skip("compute-sanitizer does not support this device, or not in this virtual machine")
     for text in printed.values():
