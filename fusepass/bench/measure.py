@@ -131,7 +131,7 @@ def one_line(fault: BaseException) -> str:
 def measure(row: Row, tell: Tell) -> dict[str, Any]:
     """The record of a row: what `results` keeps, without the shape and the environment."""
     torch._dynamo.config.recompile_limit = 64  # each mode compiles the same code object
-    torch._inductor.config.autotune_local_cache = False
+    torch._inductor.config.autotune_local_cache = False  # see `first_calls`
     where = device(row.device)
     tell("bandwidth", False)
     bandwidth = where.bandwidth()

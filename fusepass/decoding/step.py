@@ -173,7 +173,7 @@ class Step:
         """Take a step that is not replayed, and find out whether the next one may be."""
         if not self.recordable:
             return self._choose(self._forward(), tokens)
-        frames = counters["frames"]["total"]
+        frames = counters["frames"]["total"]  # that Dynamo has compiled
         state = partial(python_state, self.model, self.cache, self.recorder.device)
         before = state() if self.recorded is None else None
         try:
@@ -183,16 +183,17 @@ class Step:
             self._leave_it_to_inductor(_one_line(fault))
             logits = self._forward()
         else:
+            quiet, known = frames == counters["frames"]["total"], ran == self.ran
             if not ran:
                 log.info("decode_loop: torch.compile is switched off, or has given up")
                 self.recordable = False
             elif len(ran) > 1:
                 self._leave_it_to_inductor(f"it runs as {len(ran)} compiled graphs, not as one")
-            elif before is not None and frames == counters["frames"]["total"] and not same(before, state()):
+            elif before is not None and quiet and not same(before, state()):
                 self._leave_it_to_inductor("it changes attributes of modules or of the cache")
             else:
-                self.checked = ran == self.ran and frames == counters["frames"]["total"]
-                self.recorded = self.recorded if ran == self.ran else None
+                self.checked = known and quiet
+                self.recorded = self.recorded if known else None
                 self.ran = ran
         return self._choose(logits, tokens)
 
