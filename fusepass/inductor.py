@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sympy import Expr
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _SLOT = "post_grad_custom_post_pass"
+_DIRECT = "cuda"
+"""The type of device on which ops are called past the dispatcher: where their launches are recorded."""
 
 
 @functools.cache
@@ -60,8 +63,9 @@ class InductorPass(CustomGraphPass):
 
 @functools.cache
 def register_lowerings() -> None:
-    """Tell Inductor ahead that our ops are called as they are. Where it finds that out by itself, torch 2.11 formats
-    the op's whole history into a log message that nobody reads: exponential time in the number of layers."""
+    """Tell Inductor ahead that our ops are called as they are, and how. Where it finds that out by itself, torch 2.11
+    formats the op's whole history into a log message that nobody reads: exponential time in the number of layers."""
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
 
     from fusepass.ops import OPS
@@ -69,6 +73,27 @@ def register_lowerings() -> None:
     for op in OPS.values():
         if op.overload not in lowerings:
             make_fallback(op.overload, tag_to_layout_constraint(torch.Tag.needs_exact_strides))
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op.overload}"] = CustomCodegen(python=write_call)
+
+
+def write_call(node: Any, writeline: Callable[[Any], None]) -> None:
+    """Write a call of one of our ops into Inductor's code: through `fusepass.ops.direct` where that is Python and the
+    arguments are on a GPU and always of one kind, else as Inductor would."""
+    from torch._inductor.codegen import wrapper as codegen
+    from torch._inductor.virtualized import V
+
+    wrapper = V.graph.wrapper_code
+    python = type(wrapper) in (codegen.PythonWrapperCodegen, codegen.SubgraphPythonWrapperCodegen)
+    sizes = [size for tensor in node.inputs for size in (*tensor.get_size(), *tensor.get_stride())]
+    symbols = any(isinstance(value, Expr) and value.free_symbols for value in (*sizes, *node.constant_args))
+    if not python or symbols or node.get_device().type != _DIRECT:
+        writeline(codegen.ExternKernelAllocLine(wrapper, node))
+        return
+    name = node.op_overload._schema.name.removeprefix("fusepass::")
+    function = f"{name}_{wrapper.next_kernel_suffix()}"
+    wrapper.add_import_once("from fusepass.ops.direct import direct")
+    wrapper.header.writeline(f"{function} = direct({name!r})")
+    writeline(f"{node.get_name()} = {function}({', '.join([*node.codegen_args(), *node.codegen_kwargs()])})")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -53,28 +52,30 @@ class Recorder:
             stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 torch._C._cuda_clearCublasWorkspaces()  # each graph has its own, in its own memory
-                graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(self.pool, capture_error_mode="thread_local")
                     result = work()
+                    graph.capture_end()
                 except BaseException:
-                    with suppress(Exception):
-                        self._end(graph)
+                    self._abandon(graph)
                     raise
-                self._end(graph)
                 torch._C._cuda_clearCublasWorkspaces()
             before.wait_stream(stream)
         self.graph = graph
         return result
 
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Leave memory and random numbers as they were before a capture that failed."""
         try:
             graph.capture_end()
-        except Exception:  # allocator and random state still believe in the capture (pytorch issue 171263)
+        except Exception:  # allocator and generator still believe in the capture (pytorch issue 171263)
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
-            generator = torch.cuda.default_generators[self.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise
+            self.pool = torch.cuda.graph_pool_handle()  # a pool that was released may not be used again
+            empty = torch.cuda.CUDAGraph()
+            empty.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self.device)  # one that holds nothing warns
+            empty.capture_end()
 
     def replay(self) -> None:
         assert self.graph is not None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.kernels.launch import direct, making, recording
@@ -63,6 +64,8 @@ class Recipe:
     single: bool
     workspace: int
     launches: list[_Launch]
+    empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+    """Allocates on the current device: a third of the time that `torch.empty_strided` takes for 85 ops."""
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
         """Launch for these arguments. None, and nothing launched, if an address is not aligned as kernels assume, or if
@@ -75,16 +78,13 @@ class Recipe:
             unaligned |= base
         if unaligned % 16:
             return None
-        device = args[0].device
-        results = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.results
-        ]
+        results = [self.empty(*layout) for layout in self.results]
         for result in results:
             bases.append(result.data_ptr())
         if self.workspace:
-            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+            workspace = self.empty((self.workspace,), (1,), torch.uint8)
             bases.append(workspace.data_ptr())
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        stream = triton.runtime.driver.active.get_current_stream(args[0].get_device())
         for launch in self.launches:
             values = launch.values.copy()
             for place, base, offset in launch.pointers:
@@ -140,4 +140,5 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
         launches.append(_Launch(run, (x, y, z), compiled.function, compiled.packed_metadata,
                                 [*values, *constexprs], pointers))  # fmt: skip
     layouts = [(tuple(r.shape), r.stride(), r.dtype) for r in results]
-    return Recipe(tensors, layouts, isinstance(out, Tensor), workspace, launches)
+    empty = _empty_strided_cuda if args[0].is_cuda else _empty_strided_cpu
+    return Recipe(tensors, layouts, isinstance(out, Tensor), workspace, launches, empty)

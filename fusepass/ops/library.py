@@ -47,9 +47,16 @@ class Op:
     launch: Callable[..., Any]
     """The kernels, without a check of the arguments."""
     check: Callable[..., None]
+    recipes: dict[Any, Any]
+    """What its launches on a GPU are, by `kind_of` their arguments: see `fusepass.kernels.replay`."""
 
 
 OPS: dict[str, Op] = {}
+
+
+def forced() -> bool:
+    """Whether `force_strategy` is on."""
+    return _forced is not None
 
 
 def strategy(rows: int) -> Strategy:
@@ -115,18 +122,17 @@ def _cpu(check: Callable[..., None], reference: Callable[..., Any], launch: Call
     return run
 
 
-_RECORDED: list[dict[Any, Any]] = []
 _MOST_KINDS = 4096
 """Kinds of arguments that an op keeps recipes for: every prompt length is a kind of its own."""
 
 
 def forget_launches() -> None:
     """Choose strategies and configs anew for every kind of arguments (after a change of the tuning tables)."""
-    for recipes in _RECORDED:
-        recipes.clear()
+    for op in OPS.values():
+        op.recipes.clear()
 
 
-def _kind(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def kind_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What decides how an op runs: equal kinds pass the same checks and launch the same kernels."""
     kind: list[Any] = [_forced]
     for arg in args:
@@ -148,13 +154,14 @@ def _stand_in(name: str, fault: KernelUnavailable) -> None:
 
 
 def _cuda(
-    name: str, check: Callable[..., None], launch: Callable[..., Any], reference: Callable[..., Any]
+    name: str,
+    check: Callable[..., None],
+    launch: Callable[..., Any],
+    reference: Callable[..., Any],
+    recipes: dict[Any, Any],
 ) -> Callable[..., Any]:
-    recipes: dict[Any, Any] = {}
-    _RECORDED.append(recipes)
-
     def here(args: tuple[Any, ...]) -> Any:
-        kind = _kind(args)
+        kind = kind_of(args)
         recipe = recipes.get(kind, ...)
         try:
             if recipe is ...:
@@ -223,12 +230,13 @@ def define(
         check(*args)  # sizes may be symbolic here
         return fake(*args)
 
-    on_cuda = _cuda(name, check, launch, reference)
+    recipes: dict[Any, Any] = {}
+    on_cuda = _cuda(name, check, launch, reference, recipes)
     LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
     overload = getattr(torch.ops.fusepass, name).default
     torch.library.register_fake(f"fusepass::{name}", fake_checked, lib=LIBRARY)
     LIBRARY.impl(name, _cpu(check, reference, launch), "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     LIBRARY.impl(name, _autograd(name, overload, on_cuda), "Autograd")
-    OPS[name] = Op(name, overload, reference, launch, check)
+    OPS[name] = Op(name, overload, reference, launch, check, recipes)
     return OPS[name]

@@ -79,7 +79,7 @@ def cuda_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Callable[[Tens
             launch.run(kernel, (1,), x, out)
             return out
 
-        return library._cuda("toy", lambda x: None, start, lambda x: 2 * x)
+        return library._cuda("toy", lambda x: None, start, lambda x: 2 * x, {})
 
     return op
 

@@ -22,7 +22,7 @@ def main() -> None:
     op, n, k = OPS["linear_residual"], 40, 64
     config = {tuning.key("linears", 1, n, k, torch.float32): json.loads(sys.argv[1])}
     args = torch.randn(1, k), torch.randn(n, k), None, torch.randn(1, n), False
-    call = library._cuda(op.name, op.check, op.launch, op.reference)
+    call = library._cuda(op.name, op.check, op.launch, op.reference, {})
     here = mock.patch.object(torch.cuda, "current_device", return_value=None)  # the index of a CPU tensor's device
     with compile_only(GPUTarget("cuda", 90, 32)), tuning.override(config), here:
         results = [call(*args) for _ in range(2)]
