@@ -42,55 +42,25 @@ class _OnlyViews(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+Recipe = Callable[..., Any]
+"""An op's launches for one kind of arguments: takes the op's arguments by position and returns what the op does. None,
+and nothing launched, if an address is not aligned as kernels assume, or if somebody (a profiler) wants to see Triton's
+launches. It allocates on the current device."""
+
+
 @dataclass(frozen=True)
 class _Launch:
-    """One kernel. `pointers`: for each tensor among its values, the place, which base address, and the offset."""
+    """One kernel. `values`: those of its parameters; a pointer is a base address, by its number, and an offset."""
 
-    run: Callable[..., None]
+    compiled: Any
     grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
     values: list[Any]
-    pointers: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """An op's launches for one kind of arguments. Base addresses are those of the tensor arguments, of the results,
-    and of one workspace for all that lives only during the call."""
-
-    tensors: list[int]
-    results: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
-    single: bool
-    workspace: int
-    launches: list[_Launch]
-    empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
-    """Allocates on the current device: a third of the time that `torch.empty_strided` takes for 85 ops."""
-
-    def __call__(self, args: tuple[Any, ...]) -> Any:
-        """Launch for these arguments. None, and nothing launched, if an address is not aligned as kernels assume, or if
-        somebody (a profiler) wants to see Triton's launches."""
-        if triton.knobs.runtime.launch_enter_hook.calls:
-            return None
-        bases = [args[i].data_ptr() for i in self.tensors]
-        unaligned = 0
-        for base in bases:
-            unaligned |= base
-        if unaligned % 16:
-            return None
-        results = [self.empty(*layout) for layout in self.results]
-        for result in results:
-            bases.append(result.data_ptr())
-        if self.workspace:
-            workspace = self.empty((self.workspace,), (1,), torch.uint8)
-            bases.append(workspace.data_ptr())
-        stream = triton.runtime.driver.active.get_current_stream(args[0].get_device())
-        for launch in self.launches:
-            values = launch.values.copy()
-            for place, base, offset in launch.pointers:
-                values[place] = bases[base] + offset
-            launch.run(*launch.grid, stream, launch.function, launch.metadata, None, None, None, *values)
-        return results[0] if self.single else tuple(results)
+class _Pointer:
+    base: int
+    offset: int
 
 
 def _storage(tensor: Tensor) -> int:
@@ -111,8 +81,11 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
             out = launch(*stand_ins)
     except _Computes:
         return None
-    results = [out] if isinstance(out, Tensor) else list(out)
+    single = isinstance(out, Tensor)
+    results = [out] if single else list(out)
     tensors = [i for i, arg in enumerate(stand_ins) if isinstance(arg, Tensor)]
+    # Base addresses are those of the tensor arguments, of the results, and of one workspace for all that lives only
+    # during the call.
     bases = {_storage(stand_ins[i]): (n, 0) for n, i in enumerate(tensors)}
     for result in results:
         dense = result.numel() * result.element_size() == result.untyped_storage().nbytes()
@@ -121,8 +94,8 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
         bases[_storage(result)] = len(bases), 0
     workspace = 0
     launches = []
-    for compiled, grid, values, constexprs in noted:
-        pointers = []
+    for compiled, grid, arguments, constexprs in noted:
+        values = [*arguments, *constexprs]
         for place, tensor in enumerate(values):
             if not isinstance(tensor, Tensor):
                 continue
@@ -130,15 +103,53 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
                 bases[_storage(tensor)] = len(tensors) + len(results), workspace
                 workspace += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
             base, offset = bases[_storage(tensor)]
-            pointers.append((place, base, offset + int(tensor.storage_offset()) * tensor.element_size()))
-        if any(offset % 16 for _, _, offset in pointers):
-            return None
+            offset += int(tensor.storage_offset()) * tensor.element_size()
+            if offset % 16:
+                return None
+            values[place] = _Pointer(base, offset)
         with making(compiled.name):
             compiled._init_handles()  # loads it; `run` would, but raises only once: then it is a function that raises
-        run = compiled.run
         x, y, z = (*grid, 1, 1)[:3]
-        launches.append(_Launch(run, (x, y, z), compiled.function, compiled.packed_metadata,
-                                [*values, *constexprs], pointers))  # fmt: skip
-    layouts = [(tuple(r.shape), r.stride(), r.dtype) for r in results]
+        launches.append(_Launch(compiled, (x, y, z), values))
+    allocated = [(tuple(result.shape), result.stride(), result.dtype) for result in results]
+    if workspace:
+        allocated.append(((workspace,), (1,), torch.uint8))
     empty = _empty_strided_cuda if args[0].is_cuda else _empty_strided_cpu
-    return Recipe(tensors, layouts, isinstance(out, Tensor), workspace, launches, empty)
+    returned = "t0" if single else f"({', '.join(f't{i}' for i in range(len(results)))},)"
+    return _written(len(args), tensors, empty, allocated, launches, returned)
+
+
+def _written(
+    arity: int,
+    tensors: list[int],
+    empty: Callable[..., Tensor],
+    allocated: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+    launches: list[_Launch],
+    returned: str,
+) -> Recipe:
+    """The recipe as Python without loops: loops over arguments, launches and pointers take the host 0.19 ms more of the
+    2.24 ms for a step of Qwen3-0.6B (without CUDA graphs, on the host of an H200)."""
+    known = {"runtime": triton.knobs.runtime, "stream_of": triton.runtime.driver.active.get_current_stream}
+
+    def name(value: Any) -> str:
+        if isinstance(value, _Pointer):
+            return f"p{value.base} + {value.offset}" if value.offset else f"p{value.base}"
+        known[f"k{len(known)}"] = value
+        return f"k{len(known) - 1}"
+
+    pointers = " | ".join(f"p{base}" for base in range(len(tensors)))
+    lines = [
+        f"def recipe({', '.join(f'a{i}' for i in range(arity))}):",
+        "if runtime.launch_enter_hook.calls: return None",
+        *(f"p{base} = a{i}.data_ptr()" for base, i in enumerate(tensors)),
+        f"if ({pointers}) % 16: return None",
+    ]
+    for i, layout in enumerate(allocated):
+        lines += [f"t{i} = {name(empty)}({', '.join(map(name, layout))})", f"p{len(tensors) + i} = t{i}.data_ptr()"]
+    lines.append("stream = stream_of(a0.get_device())")
+    for launch in launches:
+        kernel = launch.compiled
+        before = *launch.grid, "stream", name(kernel.function), name(kernel.packed_metadata), None, None, None
+        lines.append(f"{name(kernel.run)}({', '.join(map(str, before))}, {', '.join(map(name, launch.values))})")
+    exec("\n    ".join([*lines, f"return {returned}"]), known)
+    return known["recipe"]

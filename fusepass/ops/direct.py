@@ -34,7 +34,7 @@ def direct(name: str) -> Callable[..., Any]:
         if _observed():
             return op.overload(*args, **kwargs)
         recipe = op.recipes.get(line)
-        if recipe is None or (result := recipe(args)) is None:
+        if recipe is None or (result := recipe(*args)) is None:
             result = op.overload(*args, **kwargs)
             if not kwargs:  # a recipe takes all arguments by position
                 op.recipes[line] = op.recipes.get(kind_of(args))

@@ -171,13 +171,13 @@ def _cuda(
                 if len(recipes) >= _MOST_KINDS:
                     recipes.clear()
                 recipe = recipes[kind] = record(launch, args)
-            if recipe is not None and (result := recipe(args)) is not None:
+            if recipe is not None and (result := recipe(*args)) is not None:
                 return result
             return launch(*args)
         except KernelUnavailable as fault:
             # Kernels before it may have run. They wrote what the reference writes again: outputs, and cache slots.
             _stand_in(name, fault)
-            recipes[kind] = lambda args: reference(*args)
+            recipes[kind] = reference
             return reference(*args)
 
     def run(*args: Any) -> Any:

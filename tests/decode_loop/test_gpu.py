@@ -104,19 +104,19 @@ def test_on_a_gpu_a_forward_that_makes_the_host_wait_is_not_recorded(
 def test_on_a_gpu_a_recording_that_fails_leaves_memory_and_random_numbers_as_they_were() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(3)
-    want = [torch.rand(9, device=device) for _ in range(2)]
+    want = [torch.rand(9, device=device) for _ in range(3)]
     earlier, recorder = Recorder(device), Recorder(device)
-    ones = earlier.record(lambda: torch.ones(9, device=device))
+    drawn = earlier.record(lambda: torch.rand(9, device=device))
     for _ in range(3):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="captur"):
             recorder.record(lambda: torch.rand(9, device=device).sum().item())
-    earlier.replay()
-    assert torch.equal(ones, torch.ones(9, device=device))
     torch.manual_seed(3)
     assert torch.equal(torch.rand(9, device=device), want[0])
+    earlier.replay()
+    assert torch.equal(drawn, want[1])
     numbers = recorder.record(lambda: torch.rand(9, device=device))
     recorder.replay()
-    assert torch.equal(numbers, want[1])
+    assert torch.equal(numbers, want[2])
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def test_a_replay_fills_in_the_addresses_of_its_own_arguments(kernel: Kernel) ->
     assert recipe is not None
     assert not kernel.calls
     x = torch.zeros(6, 4)
-    out = recipe((x, 0.5))
+    out = recipe(x, 0.5)
     (first_grid, first), (second_grid, second) = kernel.calls
     assert (first_grid, second_grid) == ((2, 1, 1), (1, 5, 1))
     assert first[0] == x.data_ptr() + 8 * 4
@@ -81,7 +81,7 @@ def test_a_tensor_given_twice_when_recorded_may_be_two_tensors_later(kernel: Ker
     recipe = record(kernel, add, same, same)
     assert recipe is not None
     x, residual = torch.zeros(4), torch.zeros(4)
-    recipe((x, residual))
+    recipe(x, residual)
     assert kernel.calls[0][1][0] == residual.data_ptr() != x.data_ptr()
 
 
@@ -95,9 +95,9 @@ def test_what_computes_outside_our_kernels_is_not_recorded(kernel: Kernel) -> No
 def test_an_unaligned_tensor_or_a_profiler_launches_nothing(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = record(kernel, twice, torch.zeros(6, 4), 0.5)
     assert recipe is not None
-    assert recipe((torch.zeros(25)[1:].view(6, 4), 0.5)) is None
+    assert recipe(torch.zeros(25)[1:].view(6, 4), 0.5) is None
     replay.triton.knobs.runtime.launch_enter_hook.calls.append(print)  # type: ignore[attr-defined]
-    assert recipe((torch.zeros(6, 4), 0.5)) is None
+    assert recipe(torch.zeros(6, 4), 0.5) is None
     assert not kernel.calls
 
 

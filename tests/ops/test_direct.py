@@ -31,9 +31,9 @@ class Toy:
         self.recipes[kind_of((x, scale))] = self.recipe if self.records else None
         return x * scale
 
-    def recipe(self, args: tuple[Any, ...]) -> Tensor | None:
+    def recipe(self, x: Tensor, scale: float) -> Tensor | None:
         self.called.append("recipe" if self.aligned else "unaligned")
-        return args[0] * args[1] if self.aligned else None
+        return x * scale if self.aligned else None
 
 
 @pytest.fixture
