@@ -79,21 +79,27 @@ def register_lowerings() -> None:
 def write_call(node: Any, writeline: Callable[[Any], None]) -> None:
     """Write a call of one of our ops into Inductor's code: through `fusepass.ops.direct` where that is Python and the
     arguments are on a GPU and always of one kind, else as Inductor would."""
+    from torch._inductor import config
     from torch._inductor.codegen import wrapper as codegen
     from torch._inductor.virtualized import V
 
     wrapper = V.graph.wrapper_code
     python = type(wrapper) in (codegen.PythonWrapperCodegen, codegen.SubgraphPythonWrapperCodegen)
+    recorded = node.get_device().type == _DIRECT and torch.version.hip is None
     sizes = [size for tensor in node.inputs for size in (*tensor.get_size(), *tensor.get_stride())]
     symbols = any(isinstance(value, Expr) and value.free_symbols for value in (*sizes, *node.constant_args))
-    if not python or symbols or node.get_device().type != _DIRECT:
-        writeline(codegen.ExternKernelAllocLine(wrapper, node))
-        return
-    name = node.op_overload._schema.name.removeprefix("fusepass::")
-    function = f"{name}_{wrapper.next_kernel_suffix()}"
-    wrapper.add_import_once("from fusepass.ops.direct import direct")
-    wrapper.header.writeline(f"{function} = direct({name!r})")
-    writeline(f"{node.get_name()} = {function}({', '.join([*node.codegen_args(), *node.codegen_kwargs()])})")
+    if python and recorded and not symbols and not config.generate_intermediate_hooks:
+        arguments = node.codegen_args()  # and fills in by name those that have defaults
+        schema = node.op_overload._schema
+        defaults = {argument.name: argument.default_value for argument in schema.arguments}
+        if all(defaults[name] == value for name, value in node.kwargs.items()):
+            name = schema.name.removeprefix("fusepass::")
+            function = f"fusepass_{name}_{wrapper.next_kernel_suffix()}"
+            wrapper.add_import_once("from fusepass.ops.direct import direct")
+            wrapper.header.writeline(f"{function} = direct({name!r})")
+            writeline(f"{node.get_name()} = {function}({', '.join(arguments)})")
+            return
+    writeline(codegen.ExternKernelAllocLine(wrapper, node))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -38,13 +39,15 @@ class Recorder:
         self.device = device
         self.usable = device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.pool: Any = torch.cuda.graph_pool_handle() if self.usable else None
+        self.pool: Any = None
 
     def record(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, which `replay` computes: nothing is computed here. Raises what `work` raises, or CUDA
         about work that can not be recorded."""
         # Not `torch.cuda.graph`, which waits for the device and gives the allocator's memory back.
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if self.graph is None:  # a pool whose last graph is gone may not be used again
+            self.pool = torch.cuda.graph_pool_handle()
         with _ALONE:
             if self.device not in _streams:
                 _streams[self.device] = torch.cuda.Stream(self.device)
@@ -57,7 +60,8 @@ class Recorder:
                     result = work()
                     graph.capture_end()
                 except BaseException:
-                    self._abandon(graph)
+                    with suppress(Exception):
+                        self._abandon(graph)
                     raise
                 torch._C._cuda_clearCublasWorkspaces()
             before.wait_stream(stream)
@@ -69,9 +73,9 @@ class Recorder:
         try:
             graph.capture_end()
         except Exception:  # allocator and generator still believe in the capture (pytorch issue 171263)
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-            torch._C._cuda_releasePool(self.device.index, self.pool)
-            self.pool = torch.cuda.graph_pool_handle()  # a pool that was released may not be used again
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                torch._C._cuda_releasePool(self.device.index, self.pool)
             empty = torch.cuda.CUDAGraph()
             empty.capture_begin(capture_error_mode="thread_local")
             torch.zeros(1, device=self.device)  # one that holds nothing warns

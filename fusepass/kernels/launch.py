@@ -42,7 +42,7 @@ def pdl_options(early: bool) -> dict[str, bool]:
 
 
 @functools.cache
-def direct() -> bool:
+def past_jit() -> bool:
     """Whether Triton's launcher may be called past `JITFunction.run`: on NVIDIA GPUs."""
     return not interpreted() and not is_hip()
 
@@ -94,7 +94,7 @@ def run(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any
     if interpreted():
         kernel[grid](*args, **constants)
         return
-    if not direct() or triton.knobs.runtime.launch_enter_hook.calls:
+    if not past_jit() or triton.knobs.runtime.launch_enter_hook.calls:
         with making(kernel.__name__):
             kernel[grid](*args, **constants)
         return

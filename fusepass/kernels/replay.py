@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusepass.kernels.launch import direct, making, recording
+from fusepass.kernels.launch import cdiv, making, past_jit, recording
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {
@@ -70,7 +70,7 @@ def _storage(tensor: Tensor) -> int:
 def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
     """The recipe of `launch(*args)`; None if it computes anything outside our kernels. Launches nothing. Raises
     `KernelUnavailable` for a kernel that can not be made."""
-    if not direct():
+    if not past_jit():
         return None
     stand_ins = [
         torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta") if isinstance(arg, Tensor) else arg
@@ -101,7 +101,7 @@ def record(launch: Callable[..., Any], args: tuple[Any, ...]) -> Recipe | None:
                 continue
             if _storage(tensor) not in bases:
                 bases[_storage(tensor)] = len(tensors) + len(results), workspace
-                workspace += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
+                workspace += max(1, cdiv(tensor.untyped_storage().nbytes(), _ALIGNMENT)) * _ALIGNMENT
             base, offset = bases[_storage(tensor)]
             offset += int(tensor.storage_offset()) * tensor.element_size()
             if offset % 16:
@@ -151,5 +151,6 @@ def _written(
         kernel = launch.compiled
         before = *launch.grid, "stream", name(kernel.function), name(kernel.packed_metadata), None, None, None
         lines.append(f"{name(kernel.run)}({', '.join(map(str, before))}, {', '.join(map(name, launch.values))})")
-    exec("\n    ".join([*lines, f"return {returned}"]), known)
+    kernels = ", ".join(launch.compiled.name for launch in launches)  # for tracebacks
+    exec(compile("\n    ".join([*lines, f"return {returned}"]), f"<launches of {kernels}>", "exec"), known)
     return known["recipe"]

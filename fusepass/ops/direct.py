@@ -5,6 +5,7 @@ kind, by which a recipe is found, takes 1 to 5 more. Inductor's code has sizes, 
 that one line of it always has arguments of one kind. A decode step of Qwen3-0.6B has 85 such lines.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +27,21 @@ def _observed() -> bool:
 
 def direct(name: str) -> Callable[..., Any]:
     """`torch.ops.fusepass.<name>` for one line of code that calls it on one GPU, which is the current device, with
-    tensors of the same sizes, strides and dtypes and with the same other arguments in every call."""
+    tensors of the same sizes, strides and dtypes and with the same other arguments, all by position, in every call.
+    Nothing checks that: as Inductor's own kernels, a line believes what fake tensors promised."""
     op = OPS[name]
     line = object()
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any) -> Any:
         if _observed():
-            return op.overload(*args, **kwargs)
-        recipe = op.recipes.get(line)
-        if recipe is None or (result := recipe(*args)) is None:
-            result = op.overload(*args, **kwargs)
-            if not kwargs:  # a recipe takes all arguments by position
-                op.recipes[line] = op.recipes.get(kind_of(args))
+            return op.overload(*args)
+        recipe = op.recipes.get(line, ...)
+        if recipe is not None and recipe is not ... and (result := recipe(*args)) is not None:
+            return result
+        result = op.overload(*args)
+        if recipe is ... and not forced():
+            op.recipes[line] = op.recipes.get(kind_of(args))
         return result
 
+    weakref.finalize(call, op.recipes.pop, line, None)
     return call

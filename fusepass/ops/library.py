@@ -48,7 +48,8 @@ class Op:
     """The kernels, without a check of the arguments."""
     check: Callable[..., None]
     recipes: dict[Any, Any]
-    """What its launches on a GPU are, by `kind_of` their arguments: see `fusepass.kernels.replay`."""
+    """Its launches on a GPU (`fusepass.kernels.replay`; None: it does more than launch kernels), by `kind_of` arguments
+    and by the lines of code (`fusepass.ops.direct`) that call it."""
 
 
 OPS: dict[str, Op] = {}

@@ -1,11 +1,14 @@
 """Steps that are recorded: which, when, and what runs where they are not. A CUDA graph is played by a stand-in here."""
 
+import contextlib
 import functools
 import gc
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -424,3 +427,58 @@ def test_calls_compile_no_more_wrappers_of_the_model(recorders: list[StandIn], m
         config = compile_config()
         model.generate(**inputs, cache_implementation="static", custom_generate=loop, compile_config=config)
     assert len(made) == 1
+
+
+class Graph:
+    """A CUDA graph whose captures go as `faults` says."""
+
+    begun: list[Any]
+    faults: tuple[str, ...] = ()
+
+    def capture_begin(self, pool: Any = None, **_: Any) -> None:
+        self.begun.append(pool)
+        if "begin" in self.faults and len(self.begun) > 1:
+            raise RuntimeError("no capture can begin")
+
+    def capture_end(self) -> None:
+        if "end" in self.faults:
+            raise RuntimeError("the capture failed before")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    Graph.begun, Graph.faults = [], ()
+    handles = itertools.count()
+    stand_ins: dict[str, Any] = {
+        "CUDAGraph": Graph,
+        "Stream": mock.MagicMock(),
+        "current_stream": mock.MagicMock(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: next(handles),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+    monkeypatch.setattr("fusepass.decoding.step._streams", {})
+    return Graph
+
+
+@pytest.mark.parametrize("faults", [(), ("end",), ("end", "begin")], ids=str)
+def test_a_recording_that_is_interrupted_raises_the_interruption(faults: tuple[str, ...], graphs: type[Graph]) -> None:
+    graphs.faults = faults
+
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Recorder(torch.device("cuda", 0)).record(work)
+
+
+def test_graphs_share_a_pool_only_with_one_that_lives(graphs: type[Graph]) -> None:
+    recorder = Recorder(torch.device("cuda", 0))
+    for _ in range(2):
+        recorder.record(lambda: None)
+    recorder.graph = None
+    recorder.record(lambda: None)
+    assert graphs.begun == [0, 0, 1]

@@ -37,7 +37,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A kernel that can be recorded on a machine without a GPU."""
-    monkeypatch.setattr(replay, "direct", lambda: True)
+    monkeypatch.setattr(replay, "past_jit", lambda: True)
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 0))
     hooks = SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[])))
     monkeypatch.setattr(replay, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver), knobs=hooks))
@@ -83,6 +83,33 @@ def test_a_tensor_given_twice_when_recorded_may_be_two_tensors_later(kernel: Ker
     x, residual = torch.zeros(4), torch.zeros(4)
     recipe(x, residual)
     assert kernel.calls[0][1][0] == residual.data_ptr() != x.data_ptr()
+
+
+def test_an_empty_temporary_has_an_address_too(kernel: Kernel) -> None:
+    def nothing(kernel: Kernel, x: Tensor) -> Tensor:
+        out = x.new_empty(4)
+        launch.run(kernel, (1,), x.new_empty(0), out, 1.0, BLOCK=1)  # type: ignore[arg-type]
+        return out
+
+    recipe = record(kernel, nothing, torch.zeros(4))
+    assert recipe is not None
+    assert recipe(torch.zeros(4)).shape == (4,)
+    assert len(kernel.calls) == 1
+
+
+def test_numbers_of_every_kind_reach_the_kernel_as_they_are(kernel: Kernel) -> None:
+    numbers = [float("inf"), -0.0, True, 2**40, None, "rows"]
+
+    def several(kernel: Kernel, x: Tensor) -> Tensor:
+        out = x.new_empty(4)
+        for number in numbers:
+            launch.run(kernel, (1,), x, out, number, BLOCK=1)  # type: ignore[arg-type]
+        return out
+
+    recipe = record(kernel, several, torch.zeros(4))
+    assert recipe is not None
+    recipe(torch.zeros(4))
+    assert [values[2] for _, values in kernel.calls] == numbers
 
 
 def test_what_computes_outside_our_kernels_is_not_recorded(kernel: Kernel) -> None:

@@ -1,17 +1,18 @@
 """Ops called past the dispatcher: when a line of Inductor's code does, and when it calls the op as any other."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass import inductor
-from fusepass.ops import OPS, force_strategy
+from fusepass.ops import OPS, force_strategy, library
 from fusepass.ops.direct import direct
 from fusepass.ops.library import forget_launches, kind_of
 from tests.decoding import decode, decoder, draw_tokens, fill
@@ -76,11 +77,36 @@ def test_an_op_that_does_more_than_launch_kernels_is_called_as_it_is(toy: Toy) -
     assert toy.called == ["op", "op"]
 
 
-def test_arguments_by_name_go_to_the_op(toy: Toy) -> None:
-    line = direct("toy")
-    for _ in range(2):
-        assert torch.equal(line(torch.ones(3), scale=0.5), torch.full((3,), 0.5))
+def test_a_line_whose_op_has_no_recipe_does_not_ask_again(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.records, line = False, direct("toy")
+    line(torch.ones(3), 0.5)
+    monkeypatch.setattr("fusepass.ops.direct.kind_of", lambda args: pytest.fail("asked again"))
+    line(torch.ones(3), 0.5)
+
+
+def test_a_strategy_that_another_thread_forces_meanwhile_is_not_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    line, overload = direct("toy"), toy.overload
+
+    def forcing(*args: Any) -> Tensor:
+        monkeypatch.setattr(library, "_forced", "library")
+        return overload(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "overload", forcing)
+        line(torch.ones(3), 0.5)
+    monkeypatch.setattr(library, "_forced", None)
+    line(torch.ones(3), 0.5)
     assert toy.called == ["op", "op"]
+
+
+def test_a_line_that_is_gone_leaves_nothing(toy: Toy) -> None:
+    line = direct("toy")
+    line(torch.ones(3), 0.5)
+    kinds = set(toy.recipes)
+    del line
+    gc.collect()
+    assert len(kinds) == 2
+    assert set(toy.recipes) == {kind_of((torch.ones(3), 0.5))}
 
 
 class Mode(TorchDispatchMode):
@@ -107,53 +133,71 @@ def test_who_observes_or_changes_ops_gets_to_see_them(observer: Callable[[], Any
     assert toy.called[4:] == ["op"]
 
 
-class Block(nn.Module):
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.fusepass.rms_norm(torch.ops.fusepass.rms_norm(x + 1, weight, 1e-6, False), weight, 1e-6, True)
+OP = torch.ops.fusepass.linear_residual
 
 
-def compiled(dynamic: bool, **options: Any) -> tuple[Tensor, str]:
-    """What `Block` computes, compiled as the remainder is, and the code that Inductor wrote."""
-    x, weight = torch.randn(3, 32), torch.rand(32) + 0.5
+def twice(x: Tensor, weight: Tensor) -> Tensor:
+    return OP(OP(x + 1, weight, None, x, False), weight, None, x, False, True)  # type: ignore[no-any-return]
+
+
+def by_name(x: Tensor, weight: Tensor) -> Tensor:
+    return OP(x + 1, weight, None, residual=x, high=True, early=True)  # type: ignore[no-any-return]
+
+
+def compiled(function: Callable[..., Tensor] = twice, dynamic: bool = False, **options: Any) -> str:
+    """The code that Inductor wrote for it, compiled as the remainder is."""
+    x, weight = torch.randn(3, 32), torch.randn(32, 32) / 6
     options["fx_graph_cache"] = False  # its keys do not know `_DIRECT`
 
     def backend(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
         return inductor.compile_with_inductor(gm, inputs, None, options, fused=True)
 
-    run = torch.compile(Block(), backend=backend, dynamic=dynamic)
+    run = torch.compile(function, backend=backend, dynamic=dynamic)
     got, (code,) = run_and_get_code(run, x, weight)
-    torch.testing.assert_close(got, Block()(x, weight))
-    return got, code
+    torch.testing.assert_close(got, function(x, weight))
+    return str(code)
 
 
-CALL = "torch.ops.fusepass.rms_norm.default("
+CALL = "torch.ops.fusepass.linear_residual.default("
 
 
-@pytest.mark.parametrize("options", [{}, {"custom_should_partition_ops": ["fusepass::rms_norm"]}], ids=["", "parts"])
-def test_inductor_writes_lines_for_a_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines as for a GPU."""
     monkeypatch.setattr(inductor, "_DIRECT", "cpu")
-    _, code = compiled(dynamic=False, **options)
-    assert code.count("= direct('rms_norm')") == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"custom_should_partition_ops": ["fusepass::linear_residual"]}], ids=str)
+def test_inductor_writes_lines_for_a_gpu(options: dict[str, Any], on_cpu: None) -> None:
+    code = compiled(**options)
+    assert code.count("= direct('linear_residual')") == 2
+    assert code.count("fusepass_linear_residual_") == 4, "a name that no kernel of a user has"
     assert CALL not in code
+    assert "early=" not in code, "a recipe takes arguments by position"
 
 
-def test_inductor_writes_calls_of_the_op_where_sizes_are_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_DIRECT", "cpu")
-    _, code = compiled(dynamic=True)
+def test_arguments_that_are_not_defaults_reach_the_op_by_name_too(on_cpu: None) -> None:
+    assert "True, True)" in compiled(by_name)
+
+
+def test_inductor_writes_calls_of_the_op_where_sizes_are_symbols(on_cpu: None) -> None:
+    code = compiled(dynamic=True)
     assert code.count(CALL) == 2
     assert "direct(" not in code
 
 
 def test_inductor_writes_calls_of_the_op_for_a_cpu() -> None:
-    _, code = compiled(dynamic=False)
-    assert code.count(CALL) == 2
+    assert compiled().count(CALL) == 2
 
 
-def test_code_that_is_not_python_calls_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_DIRECT", "cpu")
-    _, code = compiled(dynamic=False, cpp_wrapper=True)
+def test_code_that_is_not_python_calls_the_op(on_cpu: None) -> None:
+    code = compiled(cpp_wrapper=True)
     assert "direct(" not in code
-    assert "fusepass::rms_norm" in code
+    assert "fusepass::linear_residual" in code
+
+
+def test_who_looks_at_intermediate_values_gets_those_of_ops(on_cpu: None) -> None:
+    assert compiled(generate_intermediate_hooks=True).count(CALL) == 2
 
 
 def lines_with_a_recipe() -> int:
@@ -177,7 +221,7 @@ def test_on_a_gpu_lines_give_the_bits_of_the_ops(device: int) -> None:
 
     with torch.no_grad():
         first = logits()
-        assert lines_with_a_recipe() == 6  # of 7: the first op of a graph gets `early` by name
+        assert lines_with_a_recipe() == 7
         by_lines = logits()
         with torch.profiler.profile() as profile:
             by_ops = logits()

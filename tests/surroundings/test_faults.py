@@ -66,9 +66,9 @@ class Broken:
 def cuda_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Callable[[Tensor], Tensor]]:
     """The way a call takes on a GPU, for CPU tensors: an op that launches `kernel` to double its argument."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU tensor's device
-    monkeypatch.setattr(replay, "direct", lambda: True)
+    monkeypatch.setattr(replay, "past_jit", lambda: True)
     monkeypatch.setattr(launch, "interpreted", lambda: False)
-    monkeypatch.setattr(launch, "direct", lambda: False)
+    monkeypatch.setattr(launch, "past_jit", lambda: False)
 
     def op(kernel: Any) -> Callable[[Tensor], Tensor]:
         def start(x: Tensor) -> Tensor:
