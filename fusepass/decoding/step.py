@@ -73,7 +73,7 @@ class Recorder:
         try:
             graph.capture_end()
         except Exception:  # allocator and generator still believe in the capture (pytorch issue 171263)
-            with suppress(Exception):
+            with suppress(Exception):  # they raise where it did not even begin
                 torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
                 torch._C._cuda_releasePool(self.device.index, self.pool)
             empty = torch.cuda.CUDAGraph()
