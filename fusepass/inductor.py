@@ -91,8 +91,8 @@ def write_call(node: Any, writeline: Callable[[Any], None]) -> None:
     if python and recorded and not symbols and not config.generate_intermediate_hooks:
         arguments = node.codegen_args()  # and fills in by name those that have defaults
         schema = node.op_overload._schema
-        defaults = {argument.name: argument.default_value for argument in schema.arguments}
-        if all(defaults[name] == value for name, value in node.kwargs.items()):
+        defaults = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()}
+        if node.kwargs.items() <= defaults.items():
             name = schema.name.removeprefix("fusepass::")
             function = f"fusepass_{name}_{wrapper.next_kernel_suffix()}"
             wrapper.add_import_once("from fusepass.ops.direct import direct")

@@ -129,7 +129,8 @@ def _written(
 ) -> Recipe:
     """The recipe as Python without loops: loops over arguments, launches and pointers take the host 0.19 ms more of the
     2.24 ms for a step of Qwen3-0.6B (without CUDA graphs, on the host of an H200)."""
-    known = {"runtime": triton.knobs.runtime, "stream_of": triton.runtime.driver.active.get_current_stream}
+    stream_of = triton.runtime.driver.active.get_current_stream
+    known: dict[str, Any] = {"runtime": triton.knobs.runtime, "stream_of": stream_of, "empty": empty}
 
     def name(value: Any) -> str:
         if isinstance(value, _Pointer):
@@ -145,7 +146,7 @@ def _written(
         f"if ({pointers}) % 16: return None",
     ]
     for i, layout in enumerate(allocated):
-        lines += [f"t{i} = {name(empty)}({', '.join(map(name, layout))})", f"p{len(tensors) + i} = t{i}.data_ptr()"]
+        lines += [f"t{i} = empty({', '.join(map(name, layout))})", f"p{len(tensors) + i} = t{i}.data_ptr()"]
     lines.append("stream = stream_of(a0.get_device())")
     for launch in launches:
         kernel = launch.compiled

@@ -22,9 +22,9 @@ from tests.models import static_cache
 class Toy:
     """Stands for a registered op of (x, scale), and notes what reached it and what its recipe took."""
 
-    def __init__(self, records: bool = True) -> None:
+    def __init__(self) -> None:
         self.recipes: dict[Any, Any] = {}
-        self.records, self.aligned = records, True
+        self.records = self.aligned = True
         self.called: list[str] = []
 
     def overload(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -70,18 +70,14 @@ def test_what_a_recipe_does_not_take_goes_to_the_op(toy: Toy) -> None:
     assert toy.called == ["op", "unaligned", "op"]
 
 
-def test_an_op_that_does_more_than_launch_kernels_is_called_as_it_is(toy: Toy) -> None:
-    toy.records, line = False, direct("toy")
-    for _ in range(2):
-        line(torch.ones(3), 0.5)
-    assert toy.called == ["op", "op"]
-
-
-def test_a_line_whose_op_has_no_recipe_does_not_ask_again(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_that_does_more_than_launch_kernels_is_called_as_it_is_and_not_asked_again(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     toy.records, line = False, direct("toy")
     line(torch.ones(3), 0.5)
     monkeypatch.setattr("fusepass.ops.direct.kind_of", lambda args: pytest.fail("asked again"))
     line(torch.ones(3), 0.5)
+    assert toy.called == ["op", "op"]
 
 
 def test_a_strategy_that_another_thread_forces_meanwhile_is_not_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
