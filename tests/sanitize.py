@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 import fusepass
+from fusepass import tuning
+from fusepass.kernels import gemv
 from fusepass.kernels import sample as sampling
 from tests.decoding import DEVICE, decode, decoder, draw_tokens, fill
 from tests.models import static_cache
@@ -44,6 +46,24 @@ def run_every_op() -> None:
             assert all(output.isfinite().all() for output in outputs)
 
 
+def run_one_row_on_tensor_cores() -> None:
+    """What only tables ask for: 3 tiles of K, the last cut off, and rows that are no multiple of a tile."""
+    config, k, sizes = {"BLOCK_N": 8, "CHUNKS": 2, "AHEAD": 2, "num_warps": 2}, 1101, (13, 21, 5)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+
+    x, norm, weights, biases = drawn(1, k), drawn(k), [drawn(n, k) for n in sizes], [drawn(n) for n in sizes]
+    outs = [torch.empty(1, n, dtype=x.dtype, device=DEVICE) for n in sizes]
+    keys = [("linears", sum(sizes)), ("linears", sizes[0]), ("gated", sizes[0])]
+    with tuning.override({tuning.key(name, 1, n, k, x.dtype): config for name, n in keys}):
+        gemv.linears(x, norm, 1e-6, weights, biases, outs, None, False, True)
+        gemv.linears(x, None, 0.0, weights[:1], [None], outs[:1], outs[0].clone(), False, True)
+        gate, up = weights[0], drawn(sizes[0], k)
+        gemv.gated(x, norm, 1e-6, gate, up, biases[0], biases[0], outs[0], "silu", False, True)
+    assert all(out.isfinite().all() for out in outs)
+
+
 def run_a_model() -> None:
     model = decoder()
     run = torch.compile(model, backend="fusepass", options={"remainder": "eager"})
@@ -66,6 +86,7 @@ def run_sampling() -> None:
 @torch.no_grad()
 def main() -> None:
     run_every_op()
+    run_one_row_on_tensor_cores()
     run_a_model()
     run_sampling()
 

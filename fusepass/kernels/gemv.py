@@ -5,6 +5,8 @@ are asked for before anything that comes from the previous kernel (the activatio
 the bytes, and those loads hide the latency of the rest. Weights are read with `evict_first`: nobody reads them again
 in this step.
 
+One row in 16 bits may take tensor cores instead (`gemv_mma`), where the tables have measured that.
+
 Tiles and rows are tuples, walked by loops that the compiler unrolls: several tiles are on their way at once, each in a
 register of its own, whatever K is. Layers and head of Qwen3-1.7B (15 layers) on H200s: 613 us in a loop, 580 so.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from fusepass import tuning
 from fusepass.kernels.common import before_activations, begin, inverse_rms, normalise, stored
 from fusepass.kernels.common import gated as gated_value
+from fusepass.kernels.gemv_mma import CHUNK, gated_mma_kernel, linear_mma_kernel
 from fusepass.kernels.launch import block_k, cdiv, interpreted, interpreter_block_n, next_power_of_2, pdl_options, run
 
 MOST_HELD = 64
@@ -204,15 +207,23 @@ def gated_rows_kernel(
         tl.store(y_ptr + m * N + n, gated_value(gate, up, dtype, ACTIVATION, HIGH).to(dtype), n < N)
 
 
-def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, high: bool = False) -> dict[str, int]:
     """Block sizes and warps: measured ones if there are, else safe ones. AHEAD: tiles of weights that are asked for
-    before they are needed. HELD: whether registers hold all activations (and the weight of the norm), so that they are
-    read once for the norm's statistics and for the product."""
-    config = {"AHEAD": 1, **(tuning.lookup(kernel, m, n, k, dtype) or _safe_config(kernel, m, n, k, dtype))}
-    tile_k, threads = config["BLOCK_K"], 32 * config["num_warps"]
+    before they are needed. CHUNKS: the kernel is one of `gemv_mma`. HELD: whether registers hold all activations (and
+    the weight of the norm), so that they are read once for the norm's statistics and for the product."""
+    found = tuning.lookup(kernel, m, n, k, dtype)
+    if found and "CHUNKS" in found and high:  # f32 activations
+        found = None
+    config = {"AHEAD": 1, **(found or _safe_config(kernel, m, n, k, dtype))}
+    threads = 32 * config["num_warps"]
+    if "CHUNKS" in config:
+        config["WARPS"] = config["num_warps"]
+        tile_k = config["CHUNKS"] * config["WARPS"] * CHUNK.value
+    else:
+        tile_k = config["BLOCK_K"]
+        # A thread loads 16 bytes at a time.
+        config["HELD"] = tile_k >= k or m * k <= MOST_HELD * min(threads, tile_k * dtype.itemsize // 16)
     config["AHEAD"] = min(config["AHEAD"], cdiv(k, tile_k))
-    # A thread loads 16 bytes at a time.
-    config["HELD"] = tile_k >= k or m * k <= MOST_HELD * min(threads, tile_k * dtype.itemsize // 16)
     return config
 
 
@@ -242,14 +253,15 @@ def linears(
     high: bool,
     early: bool,
 ) -> None:
-    """Launch `linear_rows_kernel`: one weight or three; biases all or none. Shapes as in `project`; 1 to 4 rows."""
+    """Launch `linear_rows_kernel` or `linear_mma_kernel`: one weight or three; biases all or none. Shapes as in
+    `project`; 1 to 4 rows."""
     m, k = x.shape
     sizes = [w.shape[0] for w in weights]
     pad = [None] * (3 - len(weights))
-    config = _config("linears", m, sum(sizes), k, x.dtype)
+    config = _config("linears", m, sum(sizes), k, x.dtype, high)
     grid = (sum(cdiv(n, config["BLOCK_N"]) for n in sizes),)
     run(
-        linear_rows_kernel, grid,
+        linear_mma_kernel if "CHUNKS" in config else linear_rows_kernel, grid,
         x, x.stride(0), norm_weight, eps, *weights, *pad, *biases, *pad, *outs, *pad, *sizes, *(0 for _ in pad),
         residual, 0 if residual is None else residual.stride(0), M=m, K=k, HIGH=high,
         **pdl_options(early), **config,
@@ -269,12 +281,13 @@ def gated(
     high: bool,
     early: bool,
 ) -> None:
-    """Launch `gated_rows_kernel`. x: [M, K] of 1 to 4 rows; gate, up: [N, K]; out: [M, N]; biases both or none."""
+    """Launch `gated_rows_kernel` or `gated_mma_kernel`. x: [M, K] of 1 to 4 rows; gate, up: [N, K]; out: [M, N]; biases
+    both or none."""
     m, k = x.shape
     n = gate.shape[0]
-    config = _config("gated", m, n, k, x.dtype)
+    config = _config("gated", m, n, k, x.dtype, high)
     run(
-        gated_rows_kernel, (cdiv(n, config["BLOCK_N"]),),
+        gated_mma_kernel if "CHUNKS" in config else gated_rows_kernel, (cdiv(n, config["BLOCK_N"]),),
         x, x.stride(0), norm_weight, eps, gate, up, gate_bias, up_bias, out, n,
         M=m, K=k, ACTIVATION=activation, HIGH=high, **pdl_options(early), **config,
     )  # fmt: skip

@@ -39,24 +39,33 @@ def user_table() -> Path:
     return Path(platformdirs.user_cache_dir("fusepass")) / "tuning" / f"{slug()}.json"
 
 
-_NEEDED = {"BLOCK_N", "BLOCK_K", "num_warps"}
 _MOST_TILES = 64
 """Of K in a walk that is unrolled: 96 take 4 s to compile, 384 two minutes."""
 
 
 def _usable(name: str, config: object) -> bool:
     """Whether `config` may be that of the launch `name`: at worst it is slow or does not compile."""
-    if not isinstance(config, dict) or not (parsed := re.fullmatch(r"(skinny )?\w+ m(\d+) n\d+ k(\d+) \w+", name)):
+    found = re.fullmatch(r"(skinny )?(\w+) m(\d+) n\d+ k(\d+) (\w+)", name)
+    if not found or not isinstance(config, dict) or not all(type(setting) is int for setting in config.values()):
         return False
-    if not all(type(setting) is int for setting in config.values()):
+    skinny, rows, k = bool(found[1]), int(found[3]), int(found[4])
+    needed, optional = {"BLOCK_N", "BLOCK_K", "num_warps"}, {"AHEAD"}
+    if skinny:
+        needed |= {"SLICES"}
+        optional |= {"BLOCK_M", "PREFETCH", "num_stages"}
+    elif "CHUNKS" in config:
+        needed = {"BLOCK_N", "CHUNKS", "num_warps"}
+        # One row of 16-bit numbers, pairs of rows of weights, pairs of chunks of 128 of K: see `kernels.gemv_mma`.
+        pairs = config["CHUNKS"] % 2 == 0 and (found[2] == "gated" or config.get("BLOCK_N", 0) % 2 == 0)
+        if rows != 1 or found[5] not in ("bfloat16", "float16") or not pairs:
+            return False
+    if not needed <= config.keys() <= needed | optional:
         return False
-    skinny, rows, k = bool(parsed[1]), int(parsed[2]), int(parsed[3])
-    needed = _NEEDED | {"SLICES"} if skinny else _NEEDED
-    known = needed | {"AHEAD"} | ({"BLOCK_M", "PREFETCH", "num_stages"} if skinny else set())
-    if not config.keys() <= known or any(config.get(size, 0) <= 0 for size in needed) or config.get("AHEAD", 0) < 0:
+    if any(config[size] <= 0 for size in needed) or config.get("AHEAD", 0) < 0:
         return False
+    tile = config["CHUNKS"] * config["num_warps"] * 128 if "CHUNKS" in config else config["BLOCK_K"]
     unrolled = not skinny or config.get("AHEAD", 0) > 0
-    if unrolled and k > _MOST_TILES * config["BLOCK_K"] * config.get("SLICES", 1):
+    if unrolled and k > _MOST_TILES * tile * config.get("SLICES", 1):
         return False
     # A BLOCK_M of fewer rows would leave some out.
     return bool(config.get("BLOCK_M", rows) == rows)

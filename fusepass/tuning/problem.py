@@ -67,7 +67,12 @@ def problems(model: Model, rows: int) -> list[Problem]:
 
 def candidates(problem: Problem) -> Iterator[Config]:
     """The configs worth a measurement."""
-    yield from _skinny(problem) if problem.skinny else _rows(problem)
+    if problem.skinny:
+        yield from _skinny(problem)
+    else:
+        yield from _rows(problem)
+        if problem.rows == 1 and torch.version.hip is None:
+            yield from _mma(problem)
 
 
 def _rows(problem: Problem) -> Iterator[Config]:
@@ -81,6 +86,20 @@ def _rows(problem: Problem) -> Iterator[Config]:
         for ahead in sorted({min(steps, tiles) for tiles in (1, 2, 3, 4, 6, 20)}):
             if ahead == 1 or loaded * ahead <= 256:
                 yield {"BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "num_warps": warps}
+
+
+def _mma(problem: Problem) -> Iterator[Config]:
+    """Tiles of 2 to 16 rows of weights, gate and up both counted, with 16 to 128 registers of a thread for those ahead
+    and less than 100 for the activations (and the weight of the norm). Not fewer than 128 programs."""
+    for n, chunks, warps in itertools.product((1, 2, 4, 8, 16), (2, 4), (1, 2, 4, 8)):
+        rows, tile_k = n * problem.matrices, 128 * chunks * warps
+        steps, loaded = cdiv(problem.k, tile_k), rows // 2 * chunks * 4
+        held = steps * chunks * (4 if problem.norm else 2)
+        if not 2 <= rows <= 16 or held >= 100 or steps * tile_k > 1.4 * problem.k or sum(problem.sizes) < 128 * n:
+            continue
+        for ahead in sorted({min(steps, tiles) for tiles in (1, 2, 3, 5, 8, 16)}):
+            if 16 <= loaded * ahead <= 128:
+                yield {"BLOCK_N": n, "CHUNKS": chunks, "AHEAD": ahead, "num_warps": warps}
 
 
 def _skinny(problem: Problem) -> Iterator[Config]:

@@ -30,7 +30,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from fusepass import kernels, tuning
-from fusepass.kernels import skinny
+from fusepass.kernels import gemv, skinny
 from fusepass.kernels.launch import next_power_of_2
 from fusepass.kernels.sample import sample
 from fusepass.ops import OPS, force_strategy
@@ -164,8 +164,12 @@ def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
             for vocabulary, least in ((50_257, None), (300_000, 0.1)):
                 logits = torch.empty(case.batch, vocabulary, device="meta")
                 sample(logits, logits, 0.7, 20, least and (0.95, 1), least)
-        if case.strategy == "skinny":  # what only tables ask for
+        # What only tables ask for.
+        if case.strategy == "skinny":
             launch_prefetching(arguments)
+        one = case.strategy == "rows" and case.batch * case.seq == 1
+        if one and case.dtype != torch.float32 and not case.high and target.backend == "cuda":
+            launch_on_tensor_cores(arguments)
     return launched
 
 
@@ -187,6 +191,22 @@ def launch_prefetching(arguments: dict[str, tuple[Any, ...]]) -> None:
         skinny.linears(x, None, 0.0, [weight], [None], [out], out, False, True)
         out = x.new_empty(rows, gate.shape[0])
         skinny.gated(hidden, None, 0.0, gate, gate, None, None, out, "silu", False, True)
+
+
+def launch_on_tensor_cores(arguments: dict[str, tuple[Any, ...]]) -> None:
+    """One row's q, k and v with the norm, o_proj with the residual, gate and up, by the kernels of `gemv_mma`."""
+    x, norm, eps, q, k, v, *biases = arguments["norm_qkv_rope"][:9]
+    attended, o, _, residual = arguments["linear_residual"][:4]
+    gate, up = arguments["norm_gated_mlp"][3:5]
+    x, attended, residual = (t.reshape(1, t.shape[-1]) for t in (x, attended, residual))
+    config = {"BLOCK_N": 4, "CHUNKS": 2, "AHEAD": 2, "num_warps": 4}
+    sizes = q.shape[0] + k.shape[0] + v.shape[0]
+    keys = [("linears", sizes, q.shape[1]), ("linears", *o.shape), ("gated", *gate.shape)]
+    with tuning.override({tuning.key(name, 1, *size, x.dtype): config for name, *size in keys}):
+        outs = [x.new_empty(1, w.shape[0]) for w in (q, k, v)]
+        gemv.linears(x, norm, eps, [q, k, v], biases, outs, None, False, True)
+        gemv.linears(attended, None, 0.0, [o], [None], [x.new_empty(1, o.shape[0])], residual, False, True)
+        gemv.gated(x, norm, eps, gate, up, None, None, x.new_empty(1, gate.shape[0]), "silu", False, True)
 
 
 def kernel_names() -> set[str]:
@@ -246,7 +266,8 @@ def main() -> None:
         for kernel in launched:
             if kernel.hash not in compiled:
                 compiled[kernel.hash] = {"kernel": describe(kernel), "case": str(case), **resources(kernel)}
-    if missing := kernel_names() - {row["kernel"].split("(")[0] for row in compiled.values()}:
+    ours = {name for name in kernel_names() if target.backend == "cuda" or "_mma_" not in name}
+    if missing := ours - {row["kernel"].split("(")[0] for row in compiled.values()}:
         raise RuntimeError(f"no case launches {', '.join(sorted(missing))}")
     print(json.dumps(list(compiled.values()), indent=1))
 

@@ -37,6 +37,13 @@ SKINNY: list[Config] = [
         (1, 32, 1, 1), (2, 16, 2, 1), (2, 16, 4, 1),  # of 4 steps, 1, 2 or all ahead
     ]
 ]  # fmt: skip
+MMA: list[tuple[int, Config]] = [
+    (K, {"BLOCK_N": BLOCK_N, "CHUNKS": CHUNKS, "AHEAD": AHEAD, "num_warps": num_warps})
+    for K, BLOCK_N, CHUNKS, AHEAD, num_warps in [
+        (100, 2, 2, 1, 1), (100, 8, 4, 1, 2),  # a tile holds the row, and more
+        (600, 8, 2, 1, 1), (600, 16, 2, 3, 1), (1050, 16, 2, 2, 2), (1050, 8, 4, 1, 1), (1032, 8, 2, 1, 4),
+    ]
+]  # fmt: skip
 K = 100
 
 
@@ -105,6 +112,44 @@ def _check(
 @pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
 def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
     check(config, kernel, m, 13, K, torch.float16, norm, 32)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kernel", ["linears", "gated"])
+@pytest.mark.parametrize(("k", "config"), MMA, ids=str)
+def test_one_row_on_tensor_cores_by_every_walk_along_k(k: int, config: Config, kernel: str, norm: bool) -> None:
+    check(config, kernel, 1, 13, k, torch.float16, norm, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["linears", "gated"])
+@pytest.mark.parametrize(("k", "config"), MMA, ids=str)
+def test_one_row_on_tensor_cores_with_weights_anywhere(k: int, config: Config, kernel: str) -> None:
+    """Rows that are no multiple of 16 bytes, weights that begin 2 bytes behind one."""
+    check(config, kernel, 1, 45, k, torch.bfloat16, True, 8, draw_unaligned)
+
+
+@pytest.mark.parametrize("kernel", ["linears", "gated"])
+def test_rows_that_tensor_cores_have_not_are_left_to_others(kernel: str) -> None:
+    """`high` keeps activations in f32: a table's config for the row in 16 bits is none for it."""
+    with tuning.override({tuning.key(kernel, 1, 13, K, torch.float16): MMA[0][1]}):
+        assert "CHUNKS" in gemv._config(kernel, 1, 13, K, torch.float16)
+        assert "CHUNKS" not in gemv._config(kernel, 1, 13, K, torch.float16, high=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("at", [0, 37, 599])
+def test_what_is_infinite_stays_where_it_is(at: int) -> None:
+    """An `mma` multiplies each weight with activations of other parts of K too, and with the zeros behind K."""
+    x = draw(1, 600, dtype=torch.float16)
+    weight, residual = draw(13, 600, dtype=torch.float16), draw(1, 13, dtype=torch.float16)
+    x[0, at] = torch.inf
+    weight[:5, at], weight[7, (at + 300) % 600] = 0.0, torch.inf
+    out = torch.full((1, 13), torch.nan, dtype=torch.float16, device=DEVICE)
+    with tuning.override({tuning.key("linears", 1, 13, 600, torch.float16): MMA[3][1]}):
+        gemv.linears(x, None, 0.0, [weight], [None], [out], residual, False, True)
+    exact = residual.double() + F.linear(x.double(), weight.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 @pytest.mark.gpu

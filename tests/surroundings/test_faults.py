@@ -202,6 +202,7 @@ def test_without_triton_the_graph_is_left_as_it_is_and_one_warning_says_so(cpu: 
 
 NAME = "linears m1 n40 k64 float32"
 FINE = {"BLOCK_N": 2, "BLOCK_K": 64, "num_warps": 1}
+MMA = {"BLOCK_N": 2, "CHUNKS": 2, "num_warps": 1}
 
 
 @pytest.fixture
@@ -226,6 +227,11 @@ def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         json.dumps({NAME: {**FINE, "AHEAD": -1}}),
         json.dumps({"linears m1 n8 k9000 float32": {**FINE, "BLOCK_K": 128}}),
         json.dumps({"skinny linears m64 n8 k8 float32": {**FINE, "SLICES": 1, "BLOCK_M": 8}}),
+        json.dumps({NAME: MMA}), json.dumps({"gated m2 n8 k8 bfloat16": MMA}),
+        json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "BLOCK_N": 3}}),
+        json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "CHUNKS": 1}}),
+        json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "BLOCK_K": 64}}),
+        json.dumps({"linears m1 n8 k16640 bfloat16": MMA}), json.dumps({"skinny linears m8 n8 k8 bfloat16": MMA}),
     ],
 )  # fmt: skip
 def test_a_corrupt_table_of_the_user_is_ignored_with_one_warning(
@@ -242,6 +248,21 @@ def test_a_corrupt_table_of_the_user_is_ignored_with_one_warning(
     )
     assert what in warning
     assert str(user_table) in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("linears m1 n8 k16384 float16", MMA), ("linears m1 n8 k8 bfloat16", {**MMA, "AHEAD": 3}),
+        ("gated m1 n8 k8 bfloat16", {**MMA, "BLOCK_N": 1}),
+    ],
+)  # fmt: skip
+def test_a_users_table_may_have_one_row_run_on_tensor_cores(
+    name: str, config: dict[str, int], user_table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    user_table.write_text(json.dumps({name: config}))
+    assert tuning.table()[name] == config
+    assert not caplog.messages
 
 
 def test_one_strange_entry_leaves_the_others_of_a_users_table(

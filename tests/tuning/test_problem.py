@@ -95,7 +95,7 @@ def test_weights_are_loaded_one_tile_ahead_or_more_up_to_all_of_them() -> None:
     for model, rows in itertools.product(QWEN3.values(), (1, 2)):
         for problem in problems(model, rows):
             walks: dict[tuple[int, ...], list[int]] = {}
-            for config in candidates(problem):
+            for config in (c for c in candidates(problem) if "CHUNKS" not in c):
                 walks.setdefault((config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]), []).append(
                     config["AHEAD"]
                 )
@@ -126,14 +126,16 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_the_largest_candidates_fit_and_are_unrolled_wholly(compiled: list[dict[str, Any]]) -> None:
-    rows, eight = ([kernel for kernel in entry["ahead"]] for entry in compiled)
-    assert all(kernel["shared_bytes"] <= 227 << 10 and kernel["local_bytes"] == 0 for kernel in rows + eight)
-    for kernel in rows:
+    rows, mma, eight = ([kernel for kernel in entry["ahead"]] for entry in compiled)
+    assert all(kernel["shared_bytes"] <= 227 << 10 and kernel["local_bytes"] == 0 for kernel in rows + mma + eight)
+    for kernel in rows + mma:
         config = kernel["config"]
-        steps, held = kernel["steps"], kernel["matrices"] * config["BLOCK_N"] * config["BLOCK_K"]
+        steps, held = kernel["steps"], kernel["matrices"] * config["BLOCK_N"] * kernel["block_k"]
         loads = held // (32 * config["num_warps"]) // 8  # of 16 bytes
         assert kernel["weight_loads"] == steps * loads, "loads of its own for every step"
-    assert len(rows) == 5
+    assert len(rows) == len(mma) == 5
+    # What is multiplied comes from registers: shared memory is for the sums of the warps, and of the squares.
+    assert all(kernel["shared_bytes"] <= 1024 for kernel in mma)
 
 
 def test_what_a_step_launches_is_compiled_ahead(compiled: list[dict[str, Any]]) -> None:
