@@ -212,8 +212,8 @@ def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype, high: bool 
     before they are needed. CHUNKS: the kernel is one of `gemv_mma`. HELD: whether registers hold all activations (and
     the weight of the norm), so that they are read once for the norm's statistics and for the product."""
     found = tuning.lookup(kernel, m, n, k, dtype)
-    if found and "CHUNKS" in found and high:  # f32 activations
-        found = None
+    if found and "CHUNKS" in found and high:
+        found = None  # tensor cores have no f32 activations, and nobody has measured what is best instead
     config = {"AHEAD": 1, **(found or _safe_config(kernel, m, n, k, dtype))}
     threads = 32 * config["num_warps"]
     if "CHUNKS" in config:

@@ -227,7 +227,8 @@ def describe(kernel: CompiledKernel) -> str:
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of local memory (where registers spill to) of a thread, bytes of shared memory of a block,
-    and bits of the narrowest weight load: kernels read weights, and nothing else, with `evict_first`."""
+    weight loads, how many come before the wait and bits of the narrowest: kernels read weights, and nothing else, with
+    `evict_first`."""
     if "cubin" in kernel.asm:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
         usage = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
@@ -246,6 +247,8 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
         taken["prefetched_early"] = ptx.rindex("bulk.prefetch") < ptx.index("griddepcontrol.wait")
     if loads:
         taken["weight_load_bits"] = min(int(lanes or 1) * int(bits) for lanes, bits in loads)
+        taken["weight_loads"] = len(loads)
+        taken["early_weight_loads"] = ptx.partition("griddepcontrol.wait")[0].count("L1::evict_first")
     return taken
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -73,3 +74,15 @@ def test_weights_are_prefetched_before_the_wait_or_not_at_all(kernels: list[Kern
     early = [kernel["prefetched_early"] for kernel in kernels if "prefetched_early" in kernel]
     assert all(early)
     assert bool(early) == (target != "sm_80")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_weights_for_tensor_cores_are_asked_for_before_the_wait(kernels: list[Kernel]) -> None:
+    """Of two tiles ahead, as many as they have: 16 bytes a thread, of each pair of rows for each chunk of a warp."""
+    found = [kernel for kernel in kernels if "_mma_kernel" in kernel["kernel"]]
+    assert {kernel["kernel"].partition("_")[0] for kernel in found} == {"linear", "gated"}
+    for kernel in found:
+        settings = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", kernel["kernel"])}
+        pairs = settings["BLOCK_N"] if "gated" in kernel["kernel"] else settings["BLOCK_N"] // 2
+        assert kernel["early_weight_loads"] == settings["AHEAD"] * settings["CHUNKS"] * pairs, kernel
+        assert kernel["weight_loads"] >= kernel["early_weight_loads"]

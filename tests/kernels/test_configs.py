@@ -129,6 +129,28 @@ def test_one_row_on_tensor_cores_with_weights_anywhere(k: int, config: Config, k
     check(config, kernel, 1, 45, k, torch.bfloat16, True, 8, draw_unaligned)
 
 
+def test_one_feature_at_a_time_on_tensor_cores() -> None:
+    config = {"BLOCK_N": 1, "CHUNKS": 2, "AHEAD": 1, "num_warps": 2}
+    check(config, "gated", 1, 5, K, torch.float16, True, 32)
+
+
+def test_three_weights_in_one_launch_on_tensor_cores() -> None:
+    """Each of another size, one of less than a block; with biases."""
+    sizes, results = (5, 1, 40), ([], [], [])
+    with tuning.override({tuning.key("linears", 1, sum(sizes), K, torch.float16): MMA[1][1]}), poisoned():
+        for _ in range(16):
+            x, norm, *biases = (draw(*shape, dtype=torch.float16) for shape in ((1, K), (K,), *((n,) for n in sizes)))
+            weights = [draw(n, K, dtype=torch.float16, scale=K**-0.5) for n in sizes]
+            outs = [torch.full((1, n), torch.nan, dtype=torch.float16, device=DEVICE) for n in sizes]
+            gemv.linears(x, norm, EPS, weights, biases, outs, None, False, True)
+            for found, dtype in zip(results[1:], (torch.float16, torch.float64), strict=True):
+                h = OPS["rms_norm"].reference(x.to(dtype), norm.to(dtype), EPS, False)
+                found += [F.linear(h, w.to(dtype), b.to(dtype)) for w, b in zip(weights, biases, strict=True)]
+            results[0].extend(outs)
+    ours, theirs, exact = (torch.cat(found, 1) for found in results)
+    assert rms_error(ours, exact) <= MARGIN * rms_error(theirs, exact)
+
+
 @pytest.mark.parametrize("kernel", ["linears", "gated"])
 def test_rows_that_tensor_cores_have_not_are_left_to_others(kernel: str) -> None:
     """`high` keeps activations in f32: a table's config for the row in 16 bits is none for it."""

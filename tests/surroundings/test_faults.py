@@ -224,14 +224,14 @@ def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         json.dumps({NAME: {**FINE, "BLOCK_N": "2"}}), json.dumps({NAME: {**FINE, "BLOCK_K": 1.5}}),
         json.dumps({NAME: {"BLOCK_N": 2}}), json.dumps({"no launch": FINE}), json.dumps({"skinny " + NAME: FINE}),
         json.dumps({NAME: {**FINE, "UNROLL": 4}}), json.dumps({NAME: {**FINE, "num_stages": 3}}),
-        json.dumps({NAME: {**FINE, "AHEAD": -1}}),
+        json.dumps({NAME: {**FINE, "AHEAD": 0}}), json.dumps({"skinny " + NAME: {**FINE, "SLICES": 1, "AHEAD": -1}}),
         json.dumps({"linears m1 n8 k9000 float32": {**FINE, "BLOCK_K": 128}}),
         json.dumps({"skinny linears m64 n8 k8 float32": {**FINE, "SLICES": 1, "BLOCK_M": 8}}),
         json.dumps({NAME: MMA}), json.dumps({"gated m2 n8 k8 bfloat16": MMA}),
         json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "BLOCK_N": 3}}),
         json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "CHUNKS": 1}}),
         json.dumps({"linears m1 n8 k8 bfloat16": {**MMA, "BLOCK_K": 64}}),
-        json.dumps({"linears m1 n8 k16640 bfloat16": MMA}), json.dumps({"skinny linears m8 n8 k8 bfloat16": MMA}),
+        json.dumps({"linears m1 n8 k8320 bfloat16": MMA}), json.dumps({"skinny linears m8 n8 k8 bfloat16": MMA}),
     ],
 )  # fmt: skip
 def test_a_corrupt_table_of_the_user_is_ignored_with_one_warning(
@@ -253,7 +253,7 @@ def test_a_corrupt_table_of_the_user_is_ignored_with_one_warning(
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("linears m1 n8 k16384 float16", MMA), ("linears m1 n8 k8 bfloat16", {**MMA, "AHEAD": 3}),
+        ("linears m1 n8 k8192 float16", MMA), ("linears m1 n8 k8 bfloat16", {**MMA, "AHEAD": 3}),
         ("gated m1 n8 k8 bfloat16", {**MMA, "BLOCK_N": 1}),
     ],
 )  # fmt: skip
