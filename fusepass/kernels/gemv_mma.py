@@ -52,8 +52,8 @@ def _load_weights(
         w = tl.load(pointers, eviction_policy="evict_first")
     else:
         w = tl.load(pointers, k < K, other=0.0, eviction_policy="evict_first")
-    # Of operands behind a `tl.join`, as the activations are, Triton (3.6, 3.7) takes k by fours (kWidth = 4): first two of
-    # each of two chunks. In another order the products are the same, but registers are moved, or shared memory used.
+    # Of operands behind a `tl.join`, as the activations are, Triton (3.6, 3.7) takes k by fours (kWidth = 4): first two
+    # of each of two chunks. In another order the products are the same, but registers are moved, or shared memory used.
     w = tl.reshape(w, [CHUNKS // 2, 2, PAIRS, WARPS, 8, 4, 2, 2, 2])  # chunk / 2, chunk, pair, warp, ra, t, h, p, j
     w = tl.permute(w, [3, 2, 7, 4, 0, 6, 5, 1, 8])  # warp, pair, p, ra, chunk / 2, h, t, chunk, j
     return tl.reshape(w, [WARPS, PAIRS * 16, CHUNKS * 16])
