@@ -40,5 +40,6 @@ def test_every_fault_and_every_input_that_is_tested_is_in_a_row() -> None:
     tested = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
     assert tested - named == {
         "test_a_table_of_the_user_goes_before_the_shipped_one",
+        "test_a_users_table_may_have_one_row_run_on_tensor_cores",
         "test_the_shipped_tables_can_be_read",
     }
