@@ -1,8 +1,9 @@
 """Grouped-query attention of few queries over a long cache: K and V are read once, and only where the mask shows them.
 
-The query heads that share a K/V head are the rows of one tensor-core tile. The cache is split among programs, whose
-partial results a second kernel combines (https://pytorch.org/blog/flash-decoding/): measured on an H200, a combine by
-the last program of the first kernel costs 2.6 us more than a kernel of its own.
+The query heads that share a K/V head are the columns of a tensor-core tile, since 8 are enough for these, where rows
+are 16 and more. The cache is split among programs, whose partial results a second kernel combines
+(https://pytorch.org/blog/flash-decoding/): measured on an H200, a combine by the last program of the first kernel costs
+2.6 us more than a kernel of its own.
 """
 
 import functools
@@ -18,8 +19,8 @@ from torch import Tensor
 from fusepass.kernels.common import before_activations, begin, load_halves, norm_rope
 from fusepass.kernels.launch import cdiv, interpreted, is_hip, next_power_of_2, pdl_options, run
 
-TILE_ROWS = 16
-"""Rows of the tile: the fewest that `tl.dot` takes."""
+MOST_QUERIES = 16
+"""Columns of the widest tile."""
 FEW = tl.constexpr(8)
 """Visible blocks of a split up to which each is loaded ahead into registers."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -69,15 +70,16 @@ def _load_block(
     k_ptr, v_ptr, k_stride_t, v_stride_t, start, length,
     D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of the keys, and the values, of the BLOCK positions from `start`."""
+    """The two halves of the keys [BLOCK, BLOCK_H], and the values [BLOCK_D, BLOCK], of the BLOCK positions from
+    `start`. (Values that `tl.trans` turns do not go through Triton's pipeline.)"""
     t = start + tl.arange(0, BLOCK)
-    inside = (t < length)[:, None]
-    t = t.to(tl.int64)[:, None]
+    inside = t < length
+    t = t.to(tl.int64)
     h = tl.arange(0, BLOCK_H)[None, :]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    k_lo = tl.load(k_ptr + t * k_stride_t + h, inside & (h < HALF), other=0.0)
-    k_hi = tl.load(k_ptr + t * k_stride_t + HALF + h, inside & (HALF + h < D), other=0.0)
-    v = tl.load(v_ptr + t * v_stride_t + d, inside & (d < D), other=0.0)
+    d = tl.arange(0, BLOCK_D)[:, None]
+    k_lo = tl.load(k_ptr + t[:, None] * k_stride_t + h, inside[:, None] & (h < HALF), other=0.0)
+    k_hi = tl.load(k_ptr + t[:, None] * k_stride_t + HALF + h, inside[:, None] & (HALF + h < D), other=0.0)
+    v = tl.load(v_ptr + t[None, :] * v_stride_t + d, inside[None, :] & (d < D), other=0.0)
     return k_lo, k_hi, v
 
 
@@ -86,23 +88,24 @@ def _attend(
     highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
     mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The running max, sum of weights and weighted sum of values after one more block."""
+    """The running max and sum of weights [queries], and weighted sum of values [BLOCK_D, queries], after one more
+    block."""
     t = start + tl.arange(0, BLOCK)
-    score = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
-    score = tl.dot(q_hi, tl.trans(k_hi), score, input_precision="ieee") * scale
-    inside = (t < length)[None, :]
+    score = tl.dot(k_lo, tl.trans(q_lo), input_precision="ieee")
+    score = tl.dot(k_hi, tl.trans(q_hi), score, input_precision="ieee") * scale
+    inside = (t < length)[:, None]
     if mask_ptr is not None:
-        offsets = mask_offsets[:, None] + t.to(tl.int64)[None, :] * mask_stride_t
-        score += _bias(mask_ptr, offsets, mask_rows[:, None] & inside)
+        offsets = mask_offsets[None, :] + t.to(tl.int64)[:, None] * mask_stride_t
+        score += _bias(mask_ptr, offsets, mask_rows[None, :] & inside)
     else:
         score = tl.where(inside, score, float("-inf"))
-    higher = tl.maximum(highest, tl.max(score, 1))
+    higher = tl.maximum(highest, tl.max(score, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
     # log2(e) multiplies the difference: the score itself, -3.4e38 from a mask, would overflow.
-    weight = tl.exp2((score - base[:, None]) * _LOG2_E)
+    weight = tl.exp2((score - base[None, :]) * _LOG2_E)
     shrink = tl.exp2((highest - base) * _LOG2_E)
-    total = total * shrink + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    total = total * shrink + tl.sum(weight, 0)
+    acc = tl.dot(v, weight.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
     return higher, total, acc
 
 
@@ -137,7 +140,7 @@ def attention_kernel(
     row = tl.arange(0, TILE)
     head = kv_head * GROUP + row % GROUP
     token = row // GROUP
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
     count = tl.cdiv(tl.cdiv(length, BLOCK) - split, splits)
     k_ptr += batch * k_stride_b + kv_head * k_stride_h
@@ -183,7 +186,7 @@ def attention_kernel(
     q_ptr += (batch * q_stride_b + head * q_stride_h + token * q_stride_s)[:, None]
     q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
     q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
-    position, new_k_lo, new_k_hi, new_v = -1, h, h, h
+    position, new_k_lo, new_k_hi, new_v = -1, h, h, d
     if position_ptr is not None:
         # Every program loads and rotates the new key: one trip to L2 for all that is needed, where waiting for the
         # position first would make it two (0.6 us a layer).
@@ -191,7 +194,7 @@ def attention_kernel(
         place = tl.load(position_ptr)
         new = (batch * KV_HEADS + kv_head) * D
         new_k_lo, new_k_hi = load_halves(new_k_ptr + new, 1, HALF, BLOCK_H)
-        new_v = tl.load(new_v_ptr + new + d[None, :], (d < D)[None, :], other=0.0).to(dtype)
+        new_v = tl.load(new_v_ptr + new + d, d < D, other=0.0).to(dtype)
         cos_lo, cos_hi = load_halves(cos_ptr + batch * cos_stride_b, cos_stride_d, HALF, BLOCK_H)
         sin_lo, sin_hi = load_halves(sin_ptr + batch * sin_stride_b, sin_stride_d, HALF, BLOCK_H)
         q_lo, q_hi = norm_rope(q_lo.to(tl.float32), q_hi.to(tl.float32), q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
@@ -206,11 +209,11 @@ def attention_kernel(
         if inside & (position // BLOCK % splits == split):
             tl.store(k_ptr + place * k_stride_t + h, new_k_lo, h < HALF)
             tl.store(k_ptr + place * k_stride_t + HALF + h, new_k_hi, h < HALF)
-            tl.store(v_ptr + place * v_stride_t + d[None, :], new_v, (d < D)[None, :])
+            tl.store(v_ptr + place * v_stride_t + d, new_v, d < D)
 
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_D, TILE], tl.float32)
     if AHEAD:
         for n in tl.range(first, ahead_end, num_stages=1):
             start = (split + n * splits) * BLOCK
@@ -219,10 +222,10 @@ def attention_kernel(
                 k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
             )
             if position_ptr is not None:
-                here = (start + tl.arange(0, BLOCK) == position)[:, None]
-                k_lo = tl.where(here, new_k_lo, k_lo)
-                k_hi = tl.where(here, new_k_hi, k_hi)
-                v = tl.where(here, new_v, v)
+                here = start + tl.arange(0, BLOCK) == position
+                k_lo = tl.where(here[:, None], new_k_lo, k_lo)
+                k_hi = tl.where(here[:, None], new_k_hi, k_hi)
+                v = tl.where(here[None, :], new_v, v)
             highest, total, acc = _attend(
                 highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
                 mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
@@ -242,35 +245,36 @@ def attention_kernel(
 
     if partial_ptr is None:
         # Where nothing is visible SDPA gives zeros.
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
         out_offsets = batch * out_stride_b + head * out_stride_h + token * out_stride_s
-        stored = (row < ROWS)[:, None] & (d < D)[None, :]
-        tl.store(out_ptr + out_offsets[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), stored)
+        stored = (row < ROWS)[None, :] & (d < D)
+        tl.store(out_ptr + out_offsets[None, :] + d, acc.to(out_ptr.dtype.element_ty), stored)
     else:
         slot = (group.to(tl.int64) * ROWS + row) * splits + split
         all_slots = tl.num_programs(0).to(tl.int64) * ROWS * splits
         tl.store(stats_ptr + slot, highest, row < ROWS)
         tl.store(stats_ptr + all_slots + slot, total, row < ROWS)
         # Zeros from a split that saw nothing: the combine asks for all sums at once, without a look at `stats` before.
-        acc = tl.where((total > 0.0)[:, None], acc, 0.0)
-        tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, (row < ROWS)[:, None] & (d < D)[None, :])
+        acc = tl.where((total > 0.0)[None, :], acc, 0.0)
+        tl.store(partial_ptr + slot[None, :] * D + d, acc, (row < ROWS)[None, :] & (d < D))
 
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     partial_ptr, stats_ptr, out_ptr, splits, out_stride_b, out_stride_h, out_stride_s,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = the partial sums of all splits of one query in their order, over the sum of all weights."""
+    """out[row] = the partial sums of all splits of one query in their order, over the sum of all weights. A program
+    has PART numbers of a row."""
     begin(PDL, EARLY)
     before_activations(EARLY)
     row = tl.program_id(0).to(tl.int64)
     all_slots = tl.num_programs(0).to(tl.int64) * splits
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * PART + tl.arange(0, PART)
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([PART], tl.float32)
     for start in range(0, splits, CHUNK):
         split = start + tl.arange(0, CHUNK)
         slot = row * splits + split
@@ -299,6 +303,8 @@ class Gpu(NamedTuple):
     """How many to aim at: two for each multiprocessor."""
     shared: int
     """Bytes of shared memory that a program may take."""
+    columns: int = 8
+    """Of the smallest tile."""
 
 
 @functools.cache
@@ -311,7 +317,7 @@ def _this_gpu() -> Gpu:
     if interpreted():
         return Gpu(8, 96 << 10)
     gpu = _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(264, 227 << 10)
-    return gpu._replace(shared=48 << 10) if is_hip() else gpu
+    return gpu._replace(shared=48 << 10, columns=16) if is_hip() else gpu
 
 
 class Plan(NamedTuple):
@@ -325,29 +331,28 @@ class Plan(NamedTuple):
     first one before the kernel waits."""
     stages: int
     """Of the pipeline through shared memory that takes all others; 0 where there are none."""
+    warps: int = 4
 
 
 @functools.lru_cache(4096)
 def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> Plan:
-    # Blocks of 8 KB of K, 32 positions of a bf16 head of 128, fit registers twice. One layer of Qwen3-0.6B on an H200
-    # at context 512, both kernels, us: one row in a cache of 1024, 32 splits of one block: 4.4; in one of 32768: 4.9
-    # with both ways in one kernel (pipelined alone 6.3; at context 32000 46 against 40). 8 rows, 4 splits of 8 blocks,
-    # of which 4 are visible: 10.2 ahead, 10.0 pipelined, but a whole step is 2 % slower; 32 rows, one split: 28.4
-    # against 23.1.
+    # Blocks of 8 KB of K, 32 positions of a bf16 head of 128, fit registers twice: the best for few groups.
     row = _block_d(size) * element_size
     block = max(16, min(64, 8192 // row))
     blocks = cdiv(length, block)
     # A power of two, as the tile of the combine has: 33 splits take 0.8 us more than 32.
     most = 1 << (max(1, gpu.programs // groups).bit_length() - 1)
     splits = min(blocks, most)
-    if blocks <= FEW.value * splits:
+    if blocks <= 4 * splits:
         return Plan(block, splits, ahead=True, stages=0)
-    if most >= 8:
+    if most >= 16:
         return Plan(block, splits, ahead=True, stages=3)
-    block *= 2
-    # Triton keeps one stage less than it counts in shared memory.
-    stages = max(1, min(4, gpu.shared // (2 * block * row)))
-    return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages)
+    # Many groups: few splits of many blocks, for which docs/performance.md has the figures. 64 KB in two programs of a
+    # multiprocessor leave room for the next kernel's. Triton keeps one stage less than it counts in shared memory.
+    shared = min(64 << 10, gpu.shared // 2)
+    block = max(16, min(128, 1 << (shared // (row * element_size)).bit_length() - 1))
+    stages = 1 + shared // (2 * block * row)
+    return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages, warps=8)
 
 
 def _block_d(size: int) -> int:
@@ -384,7 +389,7 @@ def attention(
 ) -> None:
     """Write softmax(scale * q k^T + mask) v to `out`.
 
-    q, out: [B, Hq, S, D], S * Hq / Hkv at most `TILE_ROWS`; k, v: [B, Hkv, T, D]; all of stride 1 in D; mask: bool
+    q, out: [B, Hq, S, D], S * Hq / Hkv at most `MOST_QUERIES`; k, v: [B, Hkv, T, D]; all of stride 1 in D; mask: bool
     (True: visible) or additive, broadcastable to [B, Hq, S, T], or None. With `new` S is 1, q is as projected, and k
     and v are written at its position, if they have it.
     """
@@ -394,7 +399,9 @@ def attention(
     rows = seq * group
     half = cdiv(size, 2)
     block_d = _block_d(size)
-    plan = _plan(batch * kv_heads, size, length, k.element_size(), _this_gpu())
+    gpu = _this_gpu()
+    tile = gpu.columns if rows <= gpu.columns else MOST_QUERIES
+    plan = _plan(batch * kv_heads, size, length, k.element_size(), gpu)
     block, splits = plan.block, plan.splits
     # The mask of a split is looked through 2048 positions at a time.
     blocks = cdiv(cdiv(length, block), splits)
@@ -417,19 +424,23 @@ def attention(
             new.position, new.k, new.v, new.q_norm_weight, new.k_norm_weight, new.q_eps, new.k_eps,
             cos, sin, cos.stride(0), cos.stride(3), sin.stride(0), sin.stride(3),
         )  # fmt: skip
-    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "D": size, "BLOCK_D": block_d}
+    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "ROWS": rows, "D": size}
     run(
         attention_kernel, (batch * kv_heads, splits),
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
-        **sizes, TILE=TILE_ROWS, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)), BLOCK=block,
-        SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=4,
+        **sizes, BLOCK_D=block_d, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
+        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=plan.warps,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:
+        queries = batch * kv_heads * rows
+        # Halves of heads while every program has a multiprocessor: a step of Qwen3-0.6B takes 499 -> 494 us, with two
+        # sequences 613 -> 601. With eight, two programs a multiprocessor, 793 -> 825.
+        part = block_d // 2 if 4 * queries <= gpu.programs else block_d
         run(
-            combine_kernel, (batch * kv_heads * rows,),
+            combine_kernel, (queries, cdiv(size, part)),
             partial, stats, out, splits, *out.stride()[:3],
-            **sizes, CHUNK=min(next_power_of_2(splits), 4096 // block_d), num_warps=1,
+            **sizes, PART=part, CHUNK=min(next_power_of_2(splits), 4096 // part), num_warps=1,
             **pdl_options(early),
         )  # fmt: skip

@@ -1,10 +1,12 @@
 """The tensor-core path for few rows (batched decode): the weights are the M side of the product.
 
 `tl.dot` needs at least 16 rows on its M side and rounds activation rows up; with A and B swapped the padding falls
-on the N side, where 8 is the smallest tile, and every weight is read once whatever the number of rows. Weights go
-through a pipeline in shared memory, or AHEAD tiles are loaded into registers before anything that the previous kernel
-makes, as in `gemv`: then all activations are held as well, and the norm may be taken in. A pipeline begins behind the
-wait; its weights can be brought to L2 before it (o_proj of Qwen3-0.6B for 8 rows: a step of 842 us takes 832).
+on the N side, where 8 is the smallest tile, and every weight is read once whatever the number of rows. As in `gemv`,
+AHEAD tiles of weights are loaded into registers before anything that the previous kernel makes. The others go through
+a pipeline in shared memory, which begins behind the wait (four layers and the head of Qwen3-8B for 8 rows: 731 us
+without tiles ahead, 712 with), or, HELD, through registers too: then all activations are there, and the norm may be
+taken in. What a pipeline reads can be brought to L2 before the wait (o_proj of Qwen3-0.6B for 8 rows: a step of 842 us
+takes 832).
 
 A program's small tile would keep one warp of several busy, in one long chain of products along K. So K is cut into
 SLICES of a batched product, one a warp, summed at the end. Qwen3-0.6B's o_proj for 8 rows on an H200: 4.6 us without,
@@ -70,13 +72,13 @@ def _load_norms(norm_ptr, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def _load_normalised(
-    x_ptr, x_stride, norms, eps, m, M, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_stride, norms, eps, m, M, END: tl.constexpr, K: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
     HIGH: tl.constexpr,
 ):  # fmt: skip
-    """The activations of all K steps, after the norm if there is one."""
+    """The activations of the K steps up to END, after the norm if there is one: then of all steps."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     steps = ()
-    for start in tl.static_range(0, K, SLICES * BLOCK_K):
+    for start in tl.static_range(0, END, SLICES * BLOCK_K):
         steps += (_load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K),)
     if len(norms) == 0:
         return steps
@@ -126,12 +128,13 @@ def linear_skinny_kernel(
     w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2,
     residual_ptr, residual_stride, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr, PREFETCH: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, HELD: tl.constexpr, PREFETCH: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y_i = norm(x) @ w_i.T + b_i (+ residual) for one weight, or for three in one launch; M <= BLOCK_M.
 
     x: [M, K]; w_i: [N_i, K] contiguous; y_i: [M, N_i] contiguous. norm, biases, w1, w2 and residual may be None. There
-    is a norm only where registers hold all activations (AHEAD > 0).
+    is a norm only where registers hold all activations.
     """
     begin(PDL, EARLY)
     block = tl.program_id(0)
@@ -153,25 +156,23 @@ def linear_skinny_kernel(
     m = tl.arange(0, BLOCK_M)
     STEP: tl.constexpr = SLICES * BLOCK_K
     acc = _zeros(SLICES, BLOCK_N, BLOCK_M)
-    if AHEAD > 0:
-        weights = ()
-        for start in tl.static_range(0, AHEAD * STEP, STEP):
-            weights += (_load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K),)
-        norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
-        before_activations(EARLY)
-        x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K, SLICES, BLOCK_K, HIGH)
-        for i in tl.static_range(len(x)):
-            if (i + AHEAD) * STEP < K:
-                weights += (_load_weight(w_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
-            acc = tl.dot(weights[i], x[i], acc, input_precision="ieee")
-    else:
-        if EARLY and PREFETCH:
-            _prefetch_rows(w_ptr, block * BLOCK_N, N, K, BLOCK_N)
-        before_activations(EARLY)
-        for start in range(0, K, STEP):
-            w = _load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K)
-            x = _load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+    weights = ()
+    for start in tl.static_range(0, AHEAD * STEP, STEP):
+        weights += (_load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K),)
+    norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
+    if EARLY and PREFETCH:
+        _prefetch_rows(w_ptr, block * BLOCK_N, N, K, BLOCK_N)
+    before_activations(EARLY)
+    x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K if HELD else AHEAD * STEP, K, SLICES, BLOCK_K, HIGH)
+    if not HELD:
+        for start in range(AHEAD * STEP, K, STEP):
+            next_w = _load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K)
+            next_x = _load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K)
+            acc = tl.dot(next_w, next_x, acc, input_precision="ieee")
+    for i in tl.static_range(len(x)):
+        if HELD and (i + AHEAD) * STEP < K:
+            weights += (_load_weight(w_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+        acc = tl.dot(weights[i], x[i], acc, input_precision="ieee")
     acc = _sum_slices(acc, SLICES)
     mask = (n < N)[:, None] & (m < M)[None, :]
     if b_ptr is not None:
@@ -188,8 +189,8 @@ def linear_skinny_kernel(
 def gated_skinny_kernel(
     x_ptr, x_stride, norm_ptr, eps, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, N, M,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr, PREFETCH: tl.constexpr, ACTIVATION: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, HELD: tl.constexpr, PREFETCH: tl.constexpr, ACTIVATION: tl.constexpr, HIGH: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y = activation(norm(x) @ gate.T + b) * (norm(x) @ up.T + b); shapes as in `linear_skinny_kernel`."""
     begin(PDL, EARLY)
@@ -199,31 +200,29 @@ def gated_skinny_kernel(
     STEP: tl.constexpr = SLICES * BLOCK_K
     gate = _zeros(SLICES, BLOCK_N, BLOCK_M)
     up = _zeros(SLICES, BLOCK_N, BLOCK_M)
-    if AHEAD > 0:
-        gates, ups = (), ()
-        for start in tl.static_range(0, AHEAD * STEP, STEP):
-            gates += (_load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K),)
-            ups += (_load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K),)
-        norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
-        before_activations(EARLY)
-        x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K, SLICES, BLOCK_K, HIGH)
-        for i in tl.static_range(len(x)):
-            if (i + AHEAD) * STEP < K:
-                gates += (_load_weight(gate_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
-                ups += (_load_weight(up_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
-            gate = tl.dot(gates[i], x[i], gate, input_precision="ieee")
-            up = tl.dot(ups[i], x[i], up, input_precision="ieee")
-    else:
-        if EARLY and PREFETCH:
-            _prefetch_rows(gate_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
-            _prefetch_rows(up_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
-        before_activations(EARLY)
-        for start in range(0, K, STEP):
-            g = _load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K)
-            u = _load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K)
-            x = _load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K)
-            gate = tl.dot(g, x, gate, input_precision="ieee")
-            up = tl.dot(u, x, up, input_precision="ieee")
+    gates, ups = (), ()
+    for start in tl.static_range(0, AHEAD * STEP, STEP):
+        gates += (_load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K),)
+        ups += (_load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K),)
+    norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
+    if EARLY and PREFETCH:
+        _prefetch_rows(gate_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
+        _prefetch_rows(up_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
+    before_activations(EARLY)
+    x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K if HELD else AHEAD * STEP, K, SLICES, BLOCK_K, HIGH)
+    if not HELD:
+        for start in range(AHEAD * STEP, K, STEP):
+            next_gate = _load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K)
+            next_up = _load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K)
+            next_x = _load_x(x_ptr, x_stride, m, start, M, K, SLICES, BLOCK_K)
+            gate = tl.dot(next_gate, next_x, gate, input_precision="ieee")
+            up = tl.dot(next_up, next_x, up, input_precision="ieee")
+    for i in tl.static_range(len(x)):
+        if HELD and (i + AHEAD) * STEP < K:
+            gates += (_load_weight(gate_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+            ups += (_load_weight(up_ptr, rows, (i + AHEAD) * STEP, K, SLICES, BLOCK_K),)
+        gate = tl.dot(gates[i], x[i], gate, input_precision="ieee")
+        up = tl.dot(ups[i], x[i], up, input_precision="ieee")
     gate = _sum_slices(gate, SLICES)
     up = _sum_slices(up, SLICES)
     if gate_bias_ptr is not None:
@@ -238,12 +237,14 @@ def gated_skinny_kernel(
 
 def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, warps and stages: measured ones if there are, else safe ones. AHEAD: K steps of weights that
-    registers hold before the activations are there; 0 for a pipeline through shared memory. PREFETCH: whether weights
-    of a pipeline are brought to L2 meanwhile."""
+    registers hold before the activations are there. HELD, without a pipeline (one stage, or no step left for it): they
+    get the other weights and all activations too. PREFETCH: whether weights are brought to L2 meanwhile."""
     block_m = max(8, next_power_of_2(m))
     config = tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype) or _safe_config(block_m, n, dtype)
     steps = cdiv(k, config["SLICES"] * config["BLOCK_K"])
-    return {"BLOCK_M": block_m, "PREFETCH": 0, **config, "AHEAD": min(config.get("AHEAD", int(steps == 1)), steps)}
+    ahead = min(config.get("AHEAD", int(steps == 1)), steps)
+    held = ahead == steps or (ahead > 0 and config.get("num_stages", 1) == 1)
+    return {"BLOCK_M": block_m, "PREFETCH": 0, **config, "AHEAD": ahead, "HELD": int(held)}
 
 
 def _safe_config(block_m: int, n: int, dtype: torch.dtype) -> dict[str, int]:
@@ -262,7 +263,7 @@ def _norm_apart(
     x: Tensor, norm_weight: Tensor | None, eps: float, config: dict[str, int], high: bool, early: bool
 ) -> tuple[Tensor, Tensor | None, bool]:
     """x, the norm's weight and `early` for the product: where registers do not hold all of K, the norm runs before."""
-    if norm_weight is None or config["AHEAD"] > 0:
+    if norm_weight is None or config["HELD"]:
         return x, norm_weight, early
     return rms_norm(x, norm_weight, eps, high, early), None, True  # behind a kernel of ours: see `project`
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,8 +65,10 @@ def _usable(name: str, config: object) -> bool:
     if any(config[size] <= 0 for size in needed) or config.get("AHEAD", 1) < (0 if skinny else 1):
         return False
     tile = config.get("BLOCK_K") or 128 * config["num_warps"]  # a chunk of each warp
-    unrolled = not skinny or config.get("AHEAD", 0) > 0
-    if unrolled and k > _MOST_TILES * tile * config.get("SLICES", 1):
+    tiles, ahead = math.ceil(k / (tile * config.get("SLICES", 1))), config.get("AHEAD", 0)
+    if skinny and (ahead == 0 or config.get("num_stages", 1) > 1):  # of a pipeline, only what is loaded ahead
+        tiles = min(tiles, ahead)
+    if tiles > _MOST_TILES:
         return False
     # A BLOCK_M of fewer rows would leave some out.
     return bool(config.get("BLOCK_M", rows) == rows)

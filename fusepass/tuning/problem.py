@@ -103,9 +103,10 @@ def _mma(problem: Problem) -> Iterator[Config]:
 
 
 def _skinny(problem: Problem) -> Iterator[Config]:
-    """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, or loaded ahead into
-    registers, up to as many as leave a thread half of them. Not fewer than 40 programs for an H200's 132
-    multiprocessors, and the smallest tiles only where larger ones would leave multiprocessors idle."""
+    """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, also behind tiles loaded
+    ahead into 64 registers; or, where they hold all activations, all in registers, up to as many ahead as leave a
+    thread half of them. Not fewer than 40 programs for an H200's 132 multiprocessors, and the smallest tiles only where
+    larger ones would leave multiprocessors idle."""
     m, matrices = problem.m, problem.matrices
     for n, slices, k, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
         step, threads = slices * k, 32 * warps
@@ -117,13 +118,17 @@ def _skinny(problem: Problem) -> Iterator[Config]:
         tile = {"BLOCK_M": m, "BLOCK_N": n, "SLICES": slices, "BLOCK_K": k, "num_warps": warps}
         shared = (n * matrices + m) * step * 2
         steps = cdiv(problem.k, step)
+        held = steps <= 8 and m * problem.k / threads <= 128
         if steps > 1:
             for stages in (3, 4, 5):
                 if shared * stages <= 200 << 10:
                     yield {**tile, "AHEAD": 0, "num_stages": stages}
+                    ahead = 128 // int(loaded)
+                    if stages == 3 and ahead <= steps - 2 and not held:
+                        yield {**tile, "AHEAD": ahead, "num_stages": stages}
                     if stages == 4 and programs <= 132:  # all of which begin early: with more it was slower
                         yield {**tile, "AHEAD": 0, "num_stages": stages, "PREFETCH": 1}
-        if steps <= 8 and m * problem.k / threads <= 128 and shared <= 200 << 10:
+        if held and shared <= 200 << 10:
             for ahead in sorted({1, min(steps, 2), steps}):
                 if ahead == 1 or loaded * ahead <= 192:
                     yield {**tile, "AHEAD": ahead, "num_stages": 1}

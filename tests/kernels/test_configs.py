@@ -34,6 +34,7 @@ SKINNY: list[Config] = [
     for slices, block_k, ahead, stages in [
         (1, 128, 1, 1), (4, 32, 1, 1),  # a tile holds a row
         (1, 32, 0, 3), (2, 16, 0, 3), (4, 16, 0, 2),  # a pipeline
+        (1, 32, 1, 3), (2, 16, 2, 3), (4, 16, 2, 2),  # a pipeline behind 1 of 4 steps, 2 of 4, none left of 2
         (1, 32, 1, 1), (2, 16, 2, 1), (2, 16, 4, 1),  # of 4 steps, 1, 2 or all ahead
     ]
 ]  # fmt: skip
@@ -185,7 +186,7 @@ def test_prefetched_weights_may_begin_and_end_anywhere(k: int, kernel: str) -> N
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kernel", ["skinny linears", "skinny gated"])
-@pytest.mark.parametrize(("config", "m"), [*zip(SKINNY, (3, 8, 16, 11, 5))], ids=str)
+@pytest.mark.parametrize(("config", "m"), [*zip(SKINNY, (3, 8, 16, 11, 5, 8, 3, 16, 7, 12, 9), strict=True)], ids=str)
 def test_skinny_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
     check(config, kernel, m, 24, K, torch.float16, norm, 16)
 
