@@ -343,14 +343,16 @@ def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> P
     # A power of two, as the tile of the combine has: 33 splits take 0.8 us more than 32.
     most = 1 << (max(1, gpu.programs // groups).bit_length() - 1)
     splits = min(blocks, most)
-    if blocks <= 4 * splits:
+    few_groups = most >= 16
+    if blocks <= (FEW.value if few_groups else 4) * splits:
         return Plan(block, splits, ahead=True, stages=0)
-    if most >= 16:
+    if few_groups:
         return Plan(block, splits, ahead=True, stages=3)
-    # Many groups: few splits of many blocks, for which docs/performance.md has the figures. 64 KB in two programs of a
-    # multiprocessor leave room for the next kernel's. Triton keeps one stage less than it counts in shared memory.
+    # Few splits of many blocks; docs/performance.md has the figures. 64 KB for each of two programs of a multiprocessor
+    # leave room for the next kernel's. Triton keeps one stage less than it counts in shared memory (with 16 queries,
+    # which go through wgmma on sm_90, as many). K and V of bf16 take all of it, of f32, which would spill, half.
     shared = min(64 << 10, gpu.shared // 2)
-    block = max(16, min(128, 1 << (shared // (row * element_size)).bit_length() - 1))
+    block = max(16, min(128, 1 << max(1, shared // (row * element_size)).bit_length() - 1))
     stages = 1 + shared // (2 * block * row)
     return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages, warps=8)
 

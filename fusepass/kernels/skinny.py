@@ -2,11 +2,11 @@
 
 `tl.dot` needs at least 16 rows on its M side and rounds activation rows up; with A and B swapped the padding falls
 on the N side, where 8 is the smallest tile, and every weight is read once whatever the number of rows. As in `gemv`,
-AHEAD tiles of weights are loaded into registers before anything that the previous kernel makes. The others go through
-a pipeline in shared memory, which begins behind the wait (four layers and the head of Qwen3-8B for 8 rows: 731 us
-without tiles ahead, 712 with), or, HELD, through registers too: then all activations are there, and the norm may be
-taken in. What a pipeline reads can be brought to L2 before the wait (o_proj of Qwen3-0.6B for 8 rows: a step of 842 us
-takes 832).
+AHEAD tiles of weights are loaded before anything that the previous kernel makes. The others go through a pipeline in
+shared memory, which begins behind the wait (four layers and the head of Qwen3-8B for 8 rows: 731 us without tiles
+ahead, which then lie in shared memory too, 712 with), or, HELD, through registers: then all activations are there, and
+the norm may be taken in. What a pipeline reads can be brought to L2 before the wait (o_proj of Qwen3-0.6B for 8 rows: a
+step of 842 us takes 832).
 
 A program's small tile would keep one warp of several busy, in one long chain of products along K. So K is cut into
 SLICES of a batched product, one a warp, summed at the end. Qwen3-0.6B's o_proj for 8 rows on an H200: 4.6 us without,
@@ -160,7 +160,7 @@ def linear_skinny_kernel(
     for start in tl.static_range(0, AHEAD * STEP, STEP):
         weights += (_load_weight(w_ptr, rows, start, K, SLICES, BLOCK_K),)
     norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
-    if EARLY and PREFETCH:
+    if EARLY and PREFETCH and not HELD:
         _prefetch_rows(w_ptr, block * BLOCK_N, N, K, BLOCK_N)
     before_activations(EARLY)
     x = _load_normalised(x_ptr, x_stride, norms, eps, m, M, K if HELD else AHEAD * STEP, K, SLICES, BLOCK_K, HIGH)
@@ -205,7 +205,7 @@ def gated_skinny_kernel(
         gates += (_load_weight(gate_ptr, rows, start, K, SLICES, BLOCK_K),)
         ups += (_load_weight(up_ptr, rows, start, K, SLICES, BLOCK_K),)
     norms = _load_norms(norm_ptr, K, SLICES, BLOCK_K)
-    if EARLY and PREFETCH:
+    if EARLY and PREFETCH and not HELD:
         _prefetch_rows(gate_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
         _prefetch_rows(up_ptr, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N)
     before_activations(EARLY)
@@ -237,8 +237,8 @@ def gated_skinny_kernel(
 
 def _config(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, warps and stages: measured ones if there are, else safe ones. AHEAD: K steps of weights that
-    registers hold before the activations are there. HELD, without a pipeline (one stage, or no step left for it): they
-    get the other weights and all activations too. PREFETCH: whether weights are brought to L2 meanwhile."""
+    are loaded before the activations are there. HELD, without a pipeline (one stage, or no step left for it): registers
+    hold all activations. PREFETCH: whether a pipeline's weights are brought to L2 meanwhile."""
     block_m = max(8, next_power_of_2(m))
     config = tuning.lookup(f"skinny {kernel}", block_m, n, k, dtype) or _safe_config(block_m, n, dtype)
     steps = cdiv(k, config["SLICES"] * config["BLOCK_K"])

@@ -103,10 +103,10 @@ def _mma(problem: Problem) -> Iterator[Config]:
 
 
 def _skinny(problem: Problem) -> Iterator[Config]:
-    """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, also behind tiles loaded
-    ahead into 64 registers; or, where they hold all activations, all in registers, up to as many ahead as leave a
-    thread half of them. Not fewer than 40 programs for an H200's 132 multiprocessors, and the smallest tiles only where
-    larger ones would leave multiprocessors idle."""
+    """Tiles of 16 to 128 weights a thread: in pipelines that fit in 200 KB of shared memory, also behind 128 weights a
+    thread loaded ahead, which fit there too; or, where registers hold all activations, without a pipeline, up to as
+    many ahead as take half of them. Not fewer than 40 programs for an H200's 132 multiprocessors, and the smallest
+    tiles only where larger ones would leave multiprocessors idle."""
     m, matrices = problem.m, problem.matrices
     for n, slices, k, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8, 16), (64, 128, 256, 512), (4, 8)):
         step, threads = slices * k, 32 * warps
@@ -124,7 +124,7 @@ def _skinny(problem: Problem) -> Iterator[Config]:
                 if shared * stages <= 200 << 10:
                     yield {**tile, "AHEAD": 0, "num_stages": stages}
                     ahead = 128 // int(loaded)
-                    if stages == 3 and ahead <= steps - 2 and not held:
+                    if stages == 3 and ahead <= steps - 2 and not held and shared * (ahead + 2) <= 200 << 10:
                         yield {**tile, "AHEAD": ahead, "num_stages": stages}
                     if stages == 4 and programs <= 132:  # all of which begin early: with more it was slower
                         yield {**tile, "AHEAD": 0, "num_stages": stages, "PREFETCH": 1}

@@ -166,16 +166,17 @@ def compile_case(case: Case, target: GPUTarget) -> list[CompiledKernel]:
                 sample(logits, logits, 0.7, 20, least and (0.95, 1), least)
         # What only tables ask for.
         if case.strategy == "skinny":
-            launch_prefetching(arguments)
+            for pipeline in ({"AHEAD": 0, "PREFETCH": 1}, {"AHEAD": 1}):
+                launch_pipeline(arguments, pipeline)
         one = case.strategy == "rows" and case.batch * case.seq == 1
         if one and case.dtype != torch.float32 and not case.high and target.backend == "cuda":
             launch_on_tensor_cores(arguments)
     return launched
 
 
-def launch_prefetching(arguments: dict[str, tuple[Any, ...]]) -> None:
-    """The o_proj, and gate and up, through a pipeline whose weights are brought to L2 before the wait."""
-    pipeline = {"BLOCK_N": 16, "SLICES": 1, "BLOCK_K": 64, "AHEAD": 0, "num_warps": 4, "num_stages": 2, "PREFETCH": 1}
+def launch_pipeline(arguments: dict[str, tuple[Any, ...]], settings: tuning.Config) -> None:
+    """The o_proj, and gate and up, through a pipeline."""
+    pipeline = {"BLOCK_N": 16, "SLICES": 1, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, **settings}
     x, weight = arguments["linear_residual"][:2]
     gate = arguments["norm_gated_mlp"][3]
     x = x.reshape(-1, x.shape[-1])
@@ -227,8 +228,8 @@ def describe(kernel: CompiledKernel) -> str:
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of local memory (where registers spill to) of a thread, bytes of shared memory of a block,
-    weight loads, how many come before the wait and bits of the narrowest: kernels read weights, and nothing else, with
-    `evict_first`."""
+    loads before the wait; of those that read weights, and nothing else, with `evict_first`: loads, how many come before
+    the wait and bits of the narrowest."""
     if "cubin" in kernel.asm:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
         usage = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
@@ -243,12 +244,14 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     }
     ptx = kernel.asm.get("ptx", "")
     loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    early = ptx.partition("griddepcontrol.wait")[0]
+    taken["early_loads"] = early.count("ld.global")
     if "bulk.prefetch" in ptx:
         taken["prefetched_early"] = ptx.rindex("bulk.prefetch") < ptx.index("griddepcontrol.wait")
     if loads:
         taken["weight_load_bits"] = min(int(lanes or 1) * int(bits) for lanes, bits in loads)
         taken["weight_loads"] = len(loads)
-        taken["early_weight_loads"] = ptx.partition("griddepcontrol.wait")[0].count("L1::evict_first")
+        taken["early_weight_loads"] = early.count("L1::evict_first")
     return taken
 
 

@@ -86,3 +86,10 @@ def test_weights_for_tensor_cores_are_asked_for_before_the_wait(kernels: list[Ke
         pairs = settings["BLOCK_N"] if "gated" in kernel["kernel"] else settings["BLOCK_N"] // 2
         assert kernel["early_weight_loads"] == settings["AHEAD"] * settings["CHUNKS"] * pairs, kernel
         assert kernel["weight_loads"] >= kernel["early_weight_loads"]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_weights_ahead_of_a_pipeline_are_asked_for_before_the_wait(kernels: list[Kernel]) -> None:
+    ahead = [kernel for kernel in kernels if "AHEAD=1, HELD=0" in kernel["kernel"] and "EARLY=True" in kernel["kernel"]]
+    assert {kernel["kernel"].partition("(")[0] for kernel in ahead} == {"linear_skinny_kernel", "gated_skinny_kernel"}
+    assert_each(ahead, lambda kernel: kernel["early_loads"] >= 1 + ("gated" in kernel["kernel"]))

@@ -30,7 +30,11 @@ LENGTHS = ((1, 1), (1, 511), (3, 1000), (1, 4096), (2, 77))
 REAL: list[Shape] = [
     (LENGTHS[i % 5][0], 2 * group, 2, 1, LENGTHS[i % 5][1], size)
     for i, (size, group) in enumerate(itertools.product((64, 96, 128), (1, 2, 4, 8)))
-] + [(1, 16, 8, 8, 700, 128), (1, 4, 1, 1, 3000, 256)]
+] + [
+    (1, 16, 8, 8, 700, 128), (1, 4, 1, 1, 3000, 256),
+    # So many groups that long splits go through the pipeline, of 2, 7, 2 and 16 queries.
+    (32, 16, 8, 1, 600, 128), (64, 14, 2, 1, 900, 64), (16, 8, 4, 1, 500, 256), (20, 32, 2, 1, 1000, 128),
+]  # fmt: skip
 
 
 def left_padded(shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -122,12 +126,14 @@ def test_as_exact_as_eager(shape: Shape, dtype: torch.dtype, mask: Mask) -> None
 @pytest.mark.parametrize("mask", [no_mask, left_padded, window, per_head, lowest])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("ahead", "stages"), [(True, 0), (False, 3), (True, 3)])
+@pytest.mark.parametrize("heads", [6, 14])
 def test_many_blocks_a_split(
-    ahead: bool, stages: int, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch
+    heads: int, ahead: bool, stages: int, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With both loops: 10 visible blocks of one split go through the pipeline, 4 and less of three do not."""
+    """Of 6 and of 14 queries. With both loops: 10 visible blocks of one split go through the pipeline, 4 and less of
+    three do not."""
     monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, stages))
-    shape, draws = (2, 6, 2, 2, 150, 16), []
+    shape, draws = (2, heads, 2, 2, 150, 16), []
     for _ in range(4):
         arguments = (*draw(shape, torch.float16), mask(shape, torch.float16), 0.3)
         with poisoned():
@@ -161,7 +167,7 @@ def test_hidden_positions_are_not_read() -> None:
     mask = (torch.arange(1500, device=DEVICE) < 100)[None, None, None]
     want = OP.reference(q, k, v, mask, 0.25)
     for x in (k, v):
-        x[:, :, 128:] = math.nan  # from the second block of 64 on
+        x[:, :, 128:] = math.nan  # whole blocks
     torch.testing.assert_close(OP.overload(q, k, v, mask, 0.25), want)
     torch.testing.assert_close(OP.overload(q, k, v, torch.where(mask, 0.0, -3e38), 0.25), want)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusepass.kernels import attention as kernels
 from fusepass.ops import OPS
 from tests.ops.gate import DRAWS, FORM_CASES, Case, assert_as_exact_as_eager, rms_error
 from tests.ops.sites import DEVICE, DTYPES, QWEN3, SITES, Site, Sizes, Tensors, draw_cache, sample, tokens
@@ -82,7 +83,7 @@ MASKED = [(SHAPES[i % len(SHAPES)], DTYPES[i % 2], mask) for i, mask in enumerat
 REAL = [
     (batch, length, sizes)
     for sizes in (QWEN3, QWEN3_8B)
-    for batch, length in ((1, 1), (1, 511), (1, 4096), (2, 1000), (7, 300), (1, 32768))
+    for batch, length in ((1, 1), (1, 511), (1, 4096), (2, 1000), (7, 300), (8, 1000), (32, 600), (1, 32768))
 ]
 MASKED += [
     pytest.param(shape, torch.bfloat16, mask, marks=pytest.mark.gpu) for shape, mask in itertools.product(REAL, MASKS)
@@ -98,10 +99,19 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
     assert_exact(Case(batch, 1, None, dtype, sizes=sizes, draws=draws), given(length, mask))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_pipeline_sees_the_new_token(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one split, and of two, after blocks that are loaded ahead or without them."""
+    for splits in (1, 2):
+        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead, 3, 8))
+        case = Case(2, 1, None, F16, sizes=Sizes(40, 8, 3, 1, 24), draws=8)
+        assert_exact(case, given(300, no_mask, [0, 40, 170, 299]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [128, 40])
 def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
-    """Blocks are 32 and 64 positions long."""
+    """Blocks are 16 and 32 positions long, or 64 and 128."""
     edges = [0, 15, 16, 31, 32, 63, 64, 66]
     case = Case(4, 1, None, F16, sizes=Sizes(32, 8, 2, 1, size))
     assert case.launches == len(edges)
