@@ -331,7 +331,6 @@ class Plan(NamedTuple):
     first one before the kernel waits."""
     stages: int
     """Of the pipeline through shared memory that takes all others; 0 where there are none."""
-    warps: int = 4
 
 
 @functools.lru_cache(4096)
@@ -348,13 +347,12 @@ def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> P
         return Plan(block, splits, ahead=True, stages=0)
     if few_groups:
         return Plan(block, splits, ahead=True, stages=3)
-    # Few splits of many blocks; docs/performance.md has the figures. 64 KB for each of two programs of a multiprocessor
-    # leave room for the next kernel's. Triton keeps one stage less than it counts in shared memory (with 16 queries,
-    # which go through wgmma on sm_90, as many). K and V of bf16 take all of it, of f32, which would spill, half.
-    shared = min(64 << 10, gpu.shared // 2)
-    block = max(16, min(128, 1 << max(1, shared // (row * element_size)).bit_length() - 1))
-    stages = 1 + shared // (2 * block * row)
-    return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages, warps=8)
+    # Few splits of many blocks: larger ones, but as soon as one split has one block more, all wait for it. Blocks of
+    # 128 were faster with 512 positions and with 1000, yet slower with 513: see docs/performance.md.
+    block *= 2
+    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many).
+    stages = max(1, min(4, gpu.shared // (2 * block * row)))
+    return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages)
 
 
 def _block_d(size: int) -> int:
@@ -432,7 +430,7 @@ def attention(
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
         **sizes, BLOCK_D=block_d, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
-        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=plan.warps,
+        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=4,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from transformers.configuration_utils import PretrainedConfig
 
 CACHE, CONTEXT = 1024, 512
-"""Positions of the static cache, and how many of them the mask shows."""
+"""Positions of the static cache, and how many of them are filled before the step, as in `fusepass bench`: with the new
+token the mask shows one more, which may be the first of a block."""
 ENOUGH = 1_500_000_000
 """Bytes of layers' weights in a step: many times any L2 (60 MB on an H200), and of a 32B model two layers in 64."""
 EPS = 1e-6
@@ -66,8 +67,8 @@ def decode_step(model: Model, rows: int, device: str = "cuda") -> Work:
         return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
     cos, sin = new(1, 1, 1, d), new(1, 1, 1, d)
-    position = torch.full((1,), CONTEXT - 1, device=device)
-    mask = (torch.arange(CACHE, device=device) < CONTEXT).expand(rows, 1, 1, CACHE)
+    position = torch.full((1,), CONTEXT, device=device)
+    mask = (torch.arange(CACHE, device=device) <= CONTEXT).expand(rows, 1, 1, CACHE)
 
     def layer(early: bool) -> Callable[[Tensor], Tensor]:
         projection = new(hidden), EPS, new(q, hidden), new(kv, hidden), new(kv, hidden), None, None, None

@@ -103,7 +103,7 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
 def test_a_pipeline_sees_the_new_token(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one split, and of two, after blocks that are loaded ahead or without them."""
     for splits in (1, 2):
-        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead, 3, 8))
+        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead, 3))
         case = Case(2, 1, None, F16, sizes=Sizes(40, 8, 3, 1, 24), draws=8)
         assert_exact(case, given(300, no_mask, [0, 40, 170, 299]))
 
@@ -111,7 +111,7 @@ def test_a_pipeline_sees_the_new_token(ahead: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [128, 40])
 def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
-    """Blocks are 16 and 32 positions long, or 64 and 128."""
+    """Blocks are 32 and 64 positions long."""
     edges = [0, 15, 16, 31, 32, 63, 64, 66]
     case = Case(4, 1, None, F16, sizes=Sizes(32, 8, 2, 1, size))
     assert case.launches == len(edges)
