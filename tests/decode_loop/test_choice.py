@@ -23,6 +23,8 @@ from fusepass.kernels.sample import fits, sample
 from tests.ops.gate import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ROWS = {"cpu": 1, "cuda": 2}
+"""Where a row of 128 likely tokens takes Triton's interpreter half a minute, one is enough."""
 PROCESSORS: list[list[LogitsProcessor]] = [
     [],
     [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20), TopPLogitsWarper(0.95)],
@@ -120,7 +122,7 @@ def test_the_kernels_choose_what_the_processors_leave_and_multinomial_draws(
     settings = _settings(*_split(processors))
     assert settings is not None
     for vocabulary in [151_936, 512 * settings["top_k"] + 77] * 20 if device == "cuda" else [512 * settings["top_k"]]:
-        logits = torch.randn(2, vocabulary, device=device).mul(3 * 8).round().div(8)  # 0.0 and -0.0 tie, too
+        logits = torch.randn(ROWS[device], vocabulary, device=device).mul(3 * 8).round().div(8)  # 0.0 and -0.0 tie, too
         noise = torch.empty_like(logits).exponential_()
         got, alarm = sampled(processors, logits, noise)
         assert torch.equal(got, wanted(processors, logits, noise))
@@ -137,8 +139,8 @@ def test_the_kernels_choose_among_likely_tokens_that_are_neighbours(
     settings = _settings(*_split(processors))
     assert settings is not None
     for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.randn(2, 512 * settings["top_k"], device=device)
-        logits[:, 300 : 300 + likely] += 9.0 * torch.rand(2, likely, device=device)
+        logits = torch.randn(ROWS[device], 512 * settings["top_k"], device=device)
+        logits[:, 300 : 300 + likely] += 9.0 * torch.rand(ROWS[device], likely, device=device)
         logits = logits.to(dtype)
         noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
         got, alarm = sampled(processors, logits, noise)

@@ -332,8 +332,8 @@ def test_functions_of_the_user_in_the_forward_are_called_in_every_step(
     assert not has_hooks(model)
     with caplog.at_level("INFO", "fusepass"), norm.register_forward_hook(lambda *_: seen.append(1)):
         assert has_hooks(model)
-        both_ways(model, loop, eos_token_id=None)
-    assert len(seen) == 2 * 18
+        both_ways(model, loop, eos_token_id=None, max_new_tokens=6)
+    assert len(seen) == 2 * 6
     assert "Qwen3ForCausalLM has hooks" in caplog.text
     with torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None):
         assert has_hooks(model)
@@ -342,8 +342,8 @@ def test_functions_of_the_user_in_the_forward_are_called_in_every_step(
     norm.forward = lambda x: seen.append(1) or original(x)
     assert has_hooks(model)
     for _ in range(2):
-        both_ways(model, loop, eos_token_id=None)
-    assert len(seen) == 4 * 18
+        both_ways(model, loop, eos_token_id=None, max_new_tokens=6)
+    assert len(seen) == 4 * 6
     assert not recorders[0].recorded
 
 

@@ -169,9 +169,10 @@ def test_rows_without_features_give_what_is_added_to_their_products(
     reads_features = ("x", "norm_weight", "weight", "q", "k", "v", "gate", "up")
     arguments = sample(name, batch, seq, optional=optional)
     arguments |= {n: a[..., :0].contiguous() for n, a in tensors(arguments).items() if n in reads_features}
+    arguments |= {n: a.float() for n, a in tensors(arguments).items() if a.is_floating_point()}  # f16 may be 4 % off
     outputs = launch(name, arguments, strategy)
     assert any(t.numel() for t in outputs) == (name != "rms_norm")
-    torch.testing.assert_close(outputs, reference(name, arguments), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(outputs, reference(name, arguments), rtol=1e-4, atol=1e-4)
 
 
 @every_op
