@@ -34,6 +34,12 @@ CODES: dict[str, str] = {
 """Every reason a site can be refused for: `Site.code` and what it means."""
 
 
+def one_line(fault: BaseException) -> str:
+    """A fault as one line of at most 300 characters."""
+    text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
+    return f"{type(fault).__name__}: {text}"[:300]
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One tensor that a site reads."""

@@ -21,6 +21,7 @@ from fusepass.bench.device import Cuda, device
 from fusepass.bench.models import load, static_cache
 from fusepass.bench.rows import WARM_UP, Row, compiler, torch_mode
 from fusepass.ops.library import STOOD_IN
+from fusepass.report import one_line
 
 Tell = Callable[[str, bool], None]
 """Hears what goes on: a line of text, and whether it is a finding to keep or only what is being done now."""
@@ -119,12 +120,6 @@ def noted(record: dict[str, Any]) -> Iterator[None]:
     except Exception as fault:
         traceback.print_exc()
         record["error"] = one_line(fault)
-
-
-def one_line(fault: BaseException) -> str:
-    """A fault as one line of at most 300 characters."""
-    text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
-    return f"{type(fault).__name__}: {text}"[:300]
 
 
 @torch.no_grad()

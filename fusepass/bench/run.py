@@ -17,11 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from fusepass.bench.measure import Tell, measure, one_line
+from fusepass.bench.measure import Tell, measure
 from fusepass.bench.picture import draw
 from fusepass.bench.results import due, failed, read, troubles, write
 from fusepass.bench.rows import Row
 from fusepass.bench.table import Display, show
+from fusepass.report import one_line
 
 
 def preview(rows: list[Row], folder: Path, environment: dict[str, str], screen: Console, force: bool) -> None:

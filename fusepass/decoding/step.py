@@ -20,6 +20,7 @@ from transformers import CompileConfig, GenerationConfig
 from fusepass.backend import watched
 from fusepass.decoding.choice import Choice
 from fusepass.inductor import uses_cuda_graphs
+from fusepass.report import one_line
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class Step:
             with watched() as ran:
                 logits = self._forward()
         except (TorchDynamoException, FailOnRecompileLimitHit) as fault:
-            self._leave_it_to_inductor(_one_line(fault))
+            self._leave_it_to_inductor(one_line(fault))
             logits = self._forward()
         else:
             quiet, known = frames == counters["frames"]["total"], ran == self.ran
@@ -226,7 +227,7 @@ class Step:
         try:
             self.recorded = self.recorder.record(work)
         except Exception as fault:
-            self._leave_it_to_inductor(_one_line(fault))
+            self._leave_it_to_inductor(one_line(fault))
 
     def _leave_it_to_inductor(self, reason: str) -> None:
         log.warning("decode_loop: the step of %s is not recorded by the loop: %s", type(self.model).__name__, reason)
@@ -234,10 +235,6 @@ class Step:
         self.recordable = self.checked = False
         self.recorded = self.recorder.graph = None
         self.call = self.model.get_compiled_call(self.given)
-
-
-def _one_line(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}"
 
 
 def here(device: torch.device) -> torch.cuda.Stream | None:
