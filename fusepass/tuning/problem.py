@@ -123,11 +123,11 @@ def _skinny(problem: Problem) -> Iterator[Config]:
             for stages in (3, 4, 5):
                 if shared * stages <= 200 << 10:
                     yield {**tile, "AHEAD": 0, "num_stages": stages}
-                    ahead = 128 // int(loaded)
-                    if stages == 3 and ahead <= steps - 2 and not held and shared * (ahead + 2) <= 200 << 10:
-                        yield {**tile, "AHEAD": ahead, "num_stages": stages}
                     if stages == 4 and programs <= 132:  # all of which begin early: with more it was slower
                         yield {**tile, "AHEAD": 0, "num_stages": stages, "PREFETCH": 1}
+        ahead = 128 // int(loaded)
+        if not held and ahead <= steps - 2 and shared * (ahead + 2) <= 200 << 10:
+            yield {**tile, "AHEAD": ahead, "num_stages": 3}
         if held and shared <= 200 << 10:
             for ahead in sorted({1, min(steps, 2), steps}):
                 if ahead == 1 or loaded * ahead <= 192:
