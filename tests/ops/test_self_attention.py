@@ -108,6 +108,30 @@ def test_a_pipeline_sees_the_new_token(ahead: bool, monkeypatch: pytest.MonkeyPa
         assert_exact(case, given(300, no_mask, [0, 40, 170, 299]))
 
 
+@pytest.mark.parametrize("place", [0, 16, 37, 63])
+@pytest.mark.parametrize("kind", ["bool", "numbers", "heads", "lowest"])
+def test_a_pipeline_attends_to_the_last_token_it_sees(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of 16: the token alone, and at the start, within and at the end of a block. In two of the masks one
+    head sees nothing but the token, and one nothing at all, or only what is as low as can be."""
+    arguments = sample("self_attention", 2, 1)
+    heads, (kv_heads, size) = arguments["q"].shape[0] // arguments["head_dim"], arguments["k_cache"].shape[1::2]
+    arguments |= {name: torch.randn(2, kv_heads, 100, size, device=DEVICE).half() for name in CACHES}
+    mask = visible = (torch.arange(100, device=DEVICE) <= place).repeat(2, heads, 1, 1)
+    if kind in ("heads", "lowest"):
+        visible[:, 0, :, :place] = False
+        visible[:, 1] = False
+    if kind == "bool":
+        mask = visible[:, :1]
+    elif kind != "heads":
+        numbers = torch.randn(visible.shape, device=DEVICE).half()
+        mask = numbers.masked_fill(~visible, -math.inf if kind == "numbers" else torch.finfo(torch.float16).min)
+    arguments |= {"mask": mask, "position": torch.tensor([place], device=DEVICE)}
+    for splits in (1, 2):
+        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead=False, stages=3))
+        got, want = (arguments | {name: arguments[name].clone() for name in CACHES} for _ in range(2))
+        assert rms_error(OP.overload(*got.values()), OP.reference(*want.values()).double()) < 5e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [128, 40])
 def test_as_exact_as_eager_at_either_end_of_a_block(size: int) -> None:
