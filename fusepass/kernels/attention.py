@@ -87,20 +87,22 @@ def _load_block(
 
 @triton.jit
 def _attend(
-    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, end,
+    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, end, but,
     mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The running max and sum of weights [queries], and weighted sum of values [BLOCK_D, queries], after one more
-    block, cut off at `end`."""
+    block, cut off at `end` and without the position `but`."""
     t = start + tl.arange(0, BLOCK)
     score = tl.dot(k_lo, tl.trans(q_lo), input_precision="ieee")
     score = tl.dot(k_hi, tl.trans(q_hi), score, input_precision="ieee") * scale
     inside = (t < end)[:, None]
+    if but is not None:
+        inside = inside & (t != but)[:, None]
+    if mask_ptr is None or but is not None:  # a key that is left out may be anything, NaN too
+        score = tl.where(inside, score, float("-inf"))
     if mask_ptr is not None:
         offsets = mask_offsets[None, :] + t.to(tl.int64)[:, None] * mask_stride_t
         score += _bias(mask_ptr, offsets, mask_rows[None, :] & inside)
-    else:
-        score = tl.where(inside, score, float("-inf"))
     higher = tl.maximum(highest, tl.max(score, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
     # log2(e) multiplies the difference: the score itself, -3.4e38 from a mask, would overflow.
@@ -109,6 +111,44 @@ def _attend(
     total = total * shrink + tl.sum(weight, 0)
     acc = tl.dot(v, weight.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
     return higher, total, acc
+
+
+@triton.jit
+def _new_token(
+    q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
+    position_ptr, new_k_ptr, new_v_ptr, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+    k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr, cos_stride_d, sin_ptr, sin_stride_d,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    HIGH: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate the queries and the new key, and write this and the new value to the cache, if their
+    position is this split's. Returns the halves of the queries [queries, BLOCK_H] and of the key [1, BLOCK_H], the
+    value [BLOCK_D, 1], the position, whether it is this split's, and the scale."""
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    d = tl.arange(0, BLOCK_D)[:, None]
+    h = tl.arange(0, BLOCK_H)[None, :]
+    # Every program loads and rotates the new key: one trip to L2 for all that is needed, where waiting for the
+    # position first would make it two (0.6 us a layer).
+    place = tl.load(position_ptr)
+    k_lo, k_hi = load_halves(new_k_ptr, 1, HALF, BLOCK_H)
+    v = tl.load(new_v_ptr + d, d < D, other=0.0).to(dtype)
+    cos_lo, cos_hi = load_halves(cos_ptr, cos_stride_d, HALF, BLOCK_H)
+    sin_lo, sin_hi = load_halves(sin_ptr, sin_stride_d, HALF, BLOCK_H)
+    q_lo, q_hi = norm_rope(q_lo.to(tl.float32), q_hi.to(tl.float32), q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+                           cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
+    k_lo, k_hi = norm_rope(k_lo, k_hi, k_norm_ptr, k_norm_lo, k_norm_hi, k_eps,
+                           cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
+    position = place.to(tl.int32)
+    # Behind a full cache there is no place: no split has it, and nothing may pass for the result. (Eager's index_copy_
+    # raises, but the host may learn of it much later; NaN is seen in the logits at once.)
+    inside = (place >= 0) & (place < length)
+    scale = tl.where(inside, scale, float("nan"))
+    mine = inside & (position // BLOCK % splits == split)
+    if mine:
+        tl.store(k_ptr + place * k_stride_t + h, k_lo, h < HALF)
+        tl.store(k_ptr + place * k_stride_t + HALF + h, k_hi, h < HALF)
+        tl.store(v_ptr + place * v_stride_t + d, v, d < D)
+    return q_lo, q_hi, k_lo, k_hi, v, position, mine, scale
 
 
 @triton.jit(do_not_specialize=["length", "splits"])
@@ -131,8 +171,8 @@ def attention_kernel(
 
     With `position_ptr` (one token) q is as projected, and so are `new_k` and `new_v` [B, KV_HEADS * D], of the token at
     this position of the cache: q and new_k are normalised (where there is a weight) and rotated here, and the split
-    that has the position writes them to the cache. EARLY: the mask and the cache but for this position were there
-    before any kernel that may still run, and are read before the wait.
+    that has the position writes new_k and new_v to the cache. EARLY: the mask and the cache but for this position were
+    there before any kernel that may still run, and are read before the wait.
     """
     begin(PDL, EARLY)
     group = tl.program_id(0)
@@ -175,9 +215,8 @@ def attention_kernel(
         i = tl.arange(0, TILE if MASK_ROWS > 1 else 1)
         mask_offsets = (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
         mask_rows = i < MASK_ROWS
-    ahead_end = last + 1 if AHEAD else first
     if AHEAD:
-        end = length  # blocks are loaded whole
+        ahead_end = last + 1
         if STAGES > 0:
             ahead_end = tl.where(last - first < FEW, last + 1, first)
         stop = tl.where(first < ahead_end, length, 0)  # behind it nothing is read
@@ -185,57 +224,25 @@ def attention_kernel(
         k_lo, k_hi, v = _load_block(k_ptr, v_ptr, k_stride_t, v_stride_t, start, stop, D, HALF, BLOCK_D, BLOCK_H, BLOCK)
     q_norm_lo, q_norm_hi = load_halves(q_norm_ptr, 1, HALF, BLOCK_H)
     k_norm_lo, k_norm_hi = load_halves(k_norm_ptr, 1, HALF, BLOCK_H)
-    before_activations(EARLY)
-
+    if AHEAD:
+        before_activations(EARLY)
     q_ptr += (batch * q_stride_b + head * q_stride_h + token * q_stride_s)[:, None]
-    q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
-    q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
+    new = (batch * KV_HEADS + kv_head) * D
+    cos_offset, sin_offset = batch * cos_stride_b, batch * sin_stride_b
+    position = -1
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([BLOCK_D, TILE], tl.float32)
-    position, new_k_lo, new_k_hi, new_v = -1, h, h, d
-    if position_ptr is not None:
-        # Every program loads and rotates the new key: one trip to L2 for all that is needed, where waiting for the
-        # position first would make it two (0.6 us a layer).
-        dtype: tl.constexpr = k_ptr.dtype.element_ty
-        place = tl.load(position_ptr)
-        new = (batch * KV_HEADS + kv_head) * D
-        new_k_lo, new_k_hi = load_halves(new_k_ptr + new, 1, HALF, BLOCK_H)
-        new_v = tl.load(new_v_ptr + new + d, d < D, other=0.0).to(dtype)
-        cos_lo, cos_hi = load_halves(cos_ptr + batch * cos_stride_b, cos_stride_d, HALF, BLOCK_H)
-        sin_lo, sin_hi = load_halves(sin_ptr + batch * sin_stride_b, sin_stride_d, HALF, BLOCK_H)
-        q_lo, q_hi = norm_rope(q_lo.to(tl.float32), q_hi.to(tl.float32), q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
-                               cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
-        new_k_lo, new_k_hi = norm_rope(new_k_lo, new_k_hi, k_norm_ptr, k_norm_lo, k_norm_hi, k_eps,
-                                       cos_lo, cos_hi, sin_lo, sin_hi, D, dtype, HIGH)  # fmt: skip
-        position = place.to(tl.int32)
-        # Behind a full cache there is no place: no split has it, and nothing may pass for the result. (Eager's
-        # index_copy_ raises, but the host may learn of it much later; NaN is seen in the logits at once.)
-        inside = (place >= 0) & (place < length)
-        scale = tl.where(inside, scale, float("nan"))
-        mine = inside & (position // BLOCK % splits == split)
-        if mine:
-            tl.store(k_ptr + place * k_stride_t + h, new_k_lo, h < HALF)
-            tl.store(k_ptr + place * k_stride_t + HALF + h, new_k_hi, h < HALF)
-            tl.store(v_ptr + place * v_stride_t + d, new_v, d < D)
-        if not AHEAD:
-            # The last position that is seen, as in any causal step, is attended to here: if it begins a block, that
-            # would be one more for all to wait for (0.6B, 8 rows, 513 positions: 877 us a step instead of 833).
-            apart = mine & (position == end - 1)
-            products = q_lo.to(tl.float32) * new_k_lo.to(tl.float32) + q_hi.to(tl.float32) * new_k_hi.to(tl.float32)
-            score = tl.sum(products, 1) * scale
-            if mask_ptr is not None:
-                # One row of bool adds nothing where it shows: no load then that waits for the position.
-                shown: tl.constexpr = MASK_ROWS == 1 and mask_ptr.dtype.element_ty == tl.int1
-                if not shown:
-                    score += _bias(mask_ptr, mask_offsets + place * mask_stride_t, mask_rows & apart)
-            highest = tl.where(apart, score, highest)
-            total = tl.where(highest == float("-inf"), 0.0, 1.0)
-            acc += tl.where(apart, new_v, 0.0)
-            end = tl.where(apart, position, end)
-            last -= (apart & (position % BLOCK == 0)).to(tl.int32)
-
     if AHEAD:
+        q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
+        q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
+        if position_ptr is not None:
+            q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
+                q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
+                position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+                k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
+                sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
+            )  # fmt: skip
         for n in tl.range(first, ahead_end, num_stages=1):
             start = (split + n * splits) * BLOCK
             stop = tl.where(n + 1 < ahead_end, length, 0)
@@ -248,26 +255,66 @@ def attention_kernel(
                 k_hi = tl.where(here[:, None], new_k_hi, k_hi)
                 v = tl.where(here[None, :], new_v, v)
             highest, total, acc = _attend(
-                highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length,
+                highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
                 mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
             )  # fmt: skip
             k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
-    if STAGES > 0:
-        tl.debug_barrier()  # behind it all threads see the new key and value in the cache
-        for n in tl.range(ahead_end, last + 1, num_stages=STAGES):
+        if STAGES > 0:
+            tl.debug_barrier()  # behind it all threads see the new key and value in the cache
+            for n in tl.range(ahead_end, last + 1, num_stages=STAGES):
+                start = (split + n * splits) * BLOCK
+                k_lo, k_hi, v = _load_block(
+                    k_ptr, v_ptr, k_stride_t, v_stride_t, start, length, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+                )
+                highest, total, acc = _attend(
+                    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
+                    mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+                )  # fmt: skip
+    else:
+        # A pipeline through shared memory, whose wait is in its first turn: Triton asks for the first blocks before the
+        # loop, and thus before the wait. The new token is attended to apart, since its slot is read too early (0.6B, 8
+        # rows, 520 to 553 positions: 821 us a step, 880 with the wait before the loop).
+        q_lo = tl.zeros([TILE, BLOCK_H], k_ptr.dtype.element_ty)
+        q_hi = q_lo
+        for n in tl.range(first, tl.maximum(first, last) + 1, num_stages=STAGES):
             start = (split + n * splits) * BLOCK
             k_lo, k_hi, v = _load_block(
                 k_ptr, v_ptr, k_stride_t, v_stride_t, start, end, D, HALF, BLOCK_D, BLOCK_H, BLOCK
             )
+            if n == first:
+                before_activations(EARLY)
+                q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
+                q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
+                if position_ptr is not None:
+                    q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
+                        q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
+                        position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+                        k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
+                        sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
+                    )  # fmt: skip
+                    products = q_lo.to(tl.float32) * new_k_lo.to(tl.float32)
+                    score = tl.sum(products + q_hi.to(tl.float32) * new_k_hi.to(tl.float32), 1) * scale
+                    if mask_ptr is not None:
+                        masked = mine
+                        if MASK_ROWS == 1 and mask_ptr.dtype.element_ty == tl.int1:
+                            # The last position seen is seen: no load then that waits for the position.
+                            masked = mine & (position != end - 1)
+                        bias = _bias(mask_ptr, mask_offsets + position.to(tl.int64) * mask_stride_t, mask_rows & masked)
+                        score += tl.where(masked, bias, 0.0)
+                    highest = tl.where(mine, score, highest)
+                    total = tl.where(highest == float("-inf"), 0.0, 1.0)
+                    acc += tl.where(mine, new_v, 0.0)
+            if position_ptr is not None:
+                v = tl.where((start + tl.arange(0, BLOCK) != position)[None, :], v, 0.0)  # for 0 * NaN is NaN
             highest, total, acc = _attend(
                 highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, end,
+                position if position_ptr is not None else None,
                 mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
             )  # fmt: skip
 
     if partial_ptr is None:
         # Where nothing is visible SDPA gives zeros.
-        nothing = total == 0.0
-        acc = tl.where(nothing[None, :], 0.0, acc) / tl.where(nothing, 1.0, total)[None, :]
+        acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
         out_offsets = batch * out_stride_b + head * out_stride_h + token * out_stride_s
         stored = (row < ROWS)[None, :] & (d < D)
         tl.store(out_ptr + out_offsets[None, :] + d, acc.to(out_ptr.dtype.element_ty), stored)
@@ -372,10 +419,9 @@ def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> P
     # Few splits of many blocks: larger ones, but as soon as one split has one block more, all wait for it. Blocks of
     # 128 were faster with 512 positions and with 1000, yet slower with 513: see docs/performance.md.
     block *= 2
-    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many).
-    # Four hold all blocks of a short split at once. One split is long, and a third program on a multiprocessor is worth
-    # more (0.6B, 32 rows: 1 to 2.6 % of a step).
-    stages = max(1, min(3 if most == 1 else 4, gpu.shared // (2 * block * row)))
+    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many):
+    # 83 KB, so that two programs leave some of a multiprocessor to the kernels around them.
+    stages = max(1, min(3, gpu.shared // (2 * block * row)))
     return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages)
 
 
