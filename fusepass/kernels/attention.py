@@ -22,7 +22,7 @@ from fusepass.kernels.launch import cdiv, interpreted, is_hip, next_power_of_2, 
 MOST_QUERIES = 16
 """Columns of the widest tile."""
 FEW = tl.constexpr(8)
-"""Visible blocks of a split up to which each is loaded ahead into registers."""
+"""Blocks of a split up to which it pays to ask for the first before the wait."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _VERY_LOW = tl.constexpr(-1e30)
 """An additive mask hides with -inf or with the lowest finite value of some dtype."""
@@ -160,8 +160,8 @@ def attention_kernel(
     cos_ptr, sin_ptr, cos_stride_b, cos_stride_d, sin_stride_b, sin_stride_d,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, MASK_ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
-    SCAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+    SCAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, PRIMED: tl.constexpr, HIGH: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS = S * GROUP queries of one K/V head over blocks split, split + splits, ... of the cache.
 
@@ -215,8 +215,8 @@ def attention_kernel(
         i = tl.arange(0, TILE if MASK_ROWS > 1 else 1)
         mask_offsets = (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
         mask_rows = i < MASK_ROWS
+    ahead_end = last + 1 if AHEAD else first
     if AHEAD:
-        ahead_end = last + 1
         if STAGES > 0:
             ahead_end = tl.where(last - first < FEW, last + 1, first)
         stop = tl.where(first < ahead_end, length, 0)  # behind it nothing is read
@@ -224,8 +224,9 @@ def attention_kernel(
         k_lo, k_hi, v = _load_block(k_ptr, v_ptr, k_stride_t, v_stride_t, start, stop, D, HALF, BLOCK_D, BLOCK_H, BLOCK)
     q_norm_lo, q_norm_hi = load_halves(q_norm_ptr, 1, HALF, BLOCK_H)
     k_norm_lo, k_norm_hi = load_halves(k_norm_ptr, 1, HALF, BLOCK_H)
-    if AHEAD:
+    if not PRIMED:
         before_activations(EARLY)
+
     q_ptr += (batch * q_stride_b + head * q_stride_h + token * q_stride_s)[:, None]
     new = (batch * KV_HEADS + kv_head) * D
     cos_offset, sin_offset = batch * cos_stride_b, batch * sin_stride_b
@@ -233,47 +234,9 @@ def attention_kernel(
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([BLOCK_D, TILE], tl.float32)
-    if AHEAD:
-        q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
-        q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
-        if position_ptr is not None:
-            q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
-                q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
-                position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
-                k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
-                sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
-            )  # fmt: skip
-        for n in tl.range(first, ahead_end, num_stages=1):
-            start = (split + n * splits) * BLOCK
-            stop = tl.where(n + 1 < ahead_end, length, 0)
-            next_k_lo, next_k_hi, next_v = _load_block(
-                k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, stop, D, HALF, BLOCK_D, BLOCK_H, BLOCK
-            )
-            if position_ptr is not None:
-                here = start + tl.arange(0, BLOCK) == position
-                k_lo = tl.where(here[:, None], new_k_lo, k_lo)
-                k_hi = tl.where(here[:, None], new_k_hi, k_hi)
-                v = tl.where(here[None, :], new_v, v)
-            highest, total, acc = _attend(
-                highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
-                mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
-            )  # fmt: skip
-            k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
-        if STAGES > 0:
-            tl.debug_barrier()  # behind it all threads see the new key and value in the cache
-            for n in tl.range(ahead_end, last + 1, num_stages=STAGES):
-                start = (split + n * splits) * BLOCK
-                k_lo, k_hi, v = _load_block(
-                    k_ptr, v_ptr, k_stride_t, v_stride_t, start, length, D, HALF, BLOCK_D, BLOCK_H, BLOCK
-                )
-                highest, total, acc = _attend(
-                    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
-                    mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
-                )  # fmt: skip
-    else:
-        # A pipeline through shared memory, whose wait is in its first turn: Triton asks for the first blocks before the
-        # loop, and thus before the wait. The new token is attended to apart, since its slot is read too early (0.6B, 8
-        # rows, 520 to 553 positions: 821 us a step, 880 with the wait before the loop).
+    if PRIMED:
+        # Triton asks for a pipeline's first blocks before its loop, and so before the wait in its first turn. The new
+        # token's slot is read too early, then: it is attended to apart.
         q_lo = tl.zeros([TILE, BLOCK_H], k_ptr.dtype.element_ty)
         q_hi = q_lo
         for n in tl.range(first, tl.maximum(first, last) + 1, num_stages=STAGES):
@@ -311,6 +274,44 @@ def attention_kernel(
                 position if position_ptr is not None else None,
                 mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
             )  # fmt: skip
+    else:
+        q_lo = tl.load(q_ptr + h, (row < ROWS)[:, None] & (h < HALF), other=0.0)
+        q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
+        if position_ptr is not None:
+            q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
+                q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
+                position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+                k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
+                sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
+            )  # fmt: skip
+        if AHEAD:
+            for n in tl.range(first, ahead_end, num_stages=1):
+                start = (split + n * splits) * BLOCK
+                stop = tl.where(n + 1 < ahead_end, length, 0)
+                next_k_lo, next_k_hi, next_v = _load_block(
+                    k_ptr, v_ptr, k_stride_t, v_stride_t, start + splits * BLOCK, stop, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+                )
+                if position_ptr is not None:
+                    here = start + tl.arange(0, BLOCK) == position
+                    k_lo = tl.where(here[:, None], new_k_lo, k_lo)
+                    k_hi = tl.where(here[:, None], new_k_hi, k_hi)
+                    v = tl.where(here[None, :], new_v, v)
+                highest, total, acc = _attend(
+                    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
+                    mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+                )  # fmt: skip
+                k_lo, k_hi, v = next_k_lo, next_k_hi, next_v
+        if STAGES > 0:
+            tl.debug_barrier()  # behind it all threads see the new key and value in the cache
+            for n in tl.range(ahead_end, last + 1, num_stages=STAGES):
+                start = (split + n * splits) * BLOCK
+                k_lo, k_hi, v = _load_block(
+                    k_ptr, v_ptr, k_stride_t, v_stride_t, start, length, D, HALF, BLOCK_D, BLOCK_H, BLOCK
+                )
+                highest, total, acc = _attend(
+                    highest, total, acc, q_lo, q_hi, k_lo, k_hi, v, scale, start, length, None,
+                    mask_ptr, mask_offsets, mask_rows, mask_stride_t, BLOCK,
+                )  # fmt: skip
 
     if partial_ptr is None:
         # Where nothing is visible SDPA gives zeros.
@@ -400,6 +401,8 @@ class Plan(NamedTuple):
     first one before the kernel waits."""
     stages: int
     """Of the pipeline through shared memory that takes all others; 0 where there are none."""
+    primed: bool = False
+    """Whether the pipeline asks for its first blocks before the kernel waits."""
 
 
 @functools.lru_cache(4096)
@@ -419,10 +422,13 @@ def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> P
     # Few splits of many blocks: larger ones, but as soon as one split has one block more, all wait for it. Blocks of
     # 128 were faster with 512 positions and with 1000, yet slower with 513: see docs/performance.md.
     block *= 2
-    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many):
-    # 83 KB, so that two programs leave some of a multiprocessor to the kernels around them.
-    stages = max(1, min(3, gpu.shared // (2 * block * row)))
-    return Plan(block, min(cdiv(length, block), most), ahead=False, stages=stages)
+    splits = min(cdiv(length, block), most)
+    # A step of Qwen3-0.6B with 8 rows (4 blocks a split) takes 821 us instead of 877 so, at 537 positions, with 16 rows
+    # 1518 instead of 1557. But a block costs more: with 32 rows (16 blocks a split) it takes 1428 instead of 1383.
+    primed = cdiv(length, block) <= FEW.value * splits
+    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many).
+    stages = max(1, min(3 if primed else 4, gpu.shared // (2 * block * row)))
+    return Plan(block, splits, ahead=False, stages=stages, primed=primed)
 
 
 def _block_d(size: int) -> int:
@@ -500,7 +506,7 @@ def attention(
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
         **sizes, BLOCK_D=block_d, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
-        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, HIGH=high, num_warps=4,
+        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, PRIMED=plan.primed, HIGH=high, num_warps=4,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:

@@ -125,14 +125,16 @@ def test_as_exact_as_eager(shape: Shape, dtype: torch.dtype, mask: Mask) -> None
 
 @pytest.mark.parametrize("mask", [no_mask, left_padded, window, per_head, lowest])
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("ahead", "stages"), [(True, 0), (False, 3), (True, 3)])
+@pytest.mark.parametrize(
+    ("ahead", "stages", "primed"), [(True, 0, False), (False, 3, False), (True, 3, False), (False, 3, True)]
+)
 @pytest.mark.parametrize("heads", [6, 14])
 def test_many_blocks_a_split(
-    heads: int, ahead: bool, stages: int, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch
+    heads: int, ahead: bool, stages: int, primed: bool, splits: int, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 6 and of 14 queries. With both loops: 10 visible blocks of one split go through the pipeline, 4 and less of
     three do not."""
-    monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, stages))
+    monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, stages, primed))
     shape, draws = (2, heads, 2, 2, 150, 16), []
     for _ in range(4):
         arguments = (*draw(shape, torch.float16), mask(shape, torch.float16), 0.3)

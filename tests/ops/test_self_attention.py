@@ -99,37 +99,44 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
     assert_exact(Case(batch, 1, None, dtype, sizes=sizes, draws=draws), given(length, mask))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_pipeline_sees_the_new_token(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", [{}, {"ahead": True}, {"primed": True}], ids=str)
+def test_a_pipeline_sees_the_new_token(plan: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one split, and of two, after blocks that are loaded ahead or without them."""
     for splits in (1, 2):
-        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead, 3))
+        chosen = kernels.Plan(16, splits, **{"ahead": False, "stages": 3, **plan})
+        monkeypatch.setattr(kernels, "_plan", lambda *_, chosen=chosen: chosen)
         case = Case(2, 1, None, F16, sizes=Sizes(40, 8, 3, 1, 24), draws=32)
         assert_exact(case, given(100, no_mask, [0, 40, 70, 99]))
 
 
 @pytest.mark.parametrize("place", [0, 16, 37, 63])
-@pytest.mark.parametrize("kind", ["bool", "numbers", "heads", "lowest"])
-def test_a_pipeline_attends_to_the_last_token_it_sees(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks of 16: the token alone, and at the start, within and at the end of a block. In two of the masks one
-    head sees nothing but the token, and one nothing at all, or only what is as low as can be."""
+@pytest.mark.parametrize("kind", ["causal", "beyond", "hidden", "numbers", "heads", "lowest"])
+def test_a_primed_pipeline_attends_to_the_token_apart(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of 16, at the start, within and at the end of one, whose slot held NaN: the last position seen, one
+    before the last, a hidden one, one with a number to add. In the last two one head sees nothing but the token, and
+    one nothing at all, or only what is as low as can be."""
     arguments = sample("self_attention", 2, 1)
     heads, (kv_heads, size) = arguments["q"].shape[0] // arguments["head_dim"], arguments["k_cache"].shape[1::2]
-    arguments |= {name: torch.randn(2, kv_heads, 100, size, device=DEVICE).half() for name in CACHES}
-    mask = visible = (torch.arange(100, device=DEVICE) <= place).repeat(2, heads, 1, 1)
+    for name in CACHES:
+        arguments[name] = torch.randn(2, kv_heads, 100, size, device=DEVICE).half()
+        arguments[name][:, :, place] = math.nan
+    t = torch.arange(100, device=DEVICE)
+    visible = (t <= place + 20 * (kind in ("beyond", "hidden"))).repeat(2, heads, 1, 1)
+    if kind == "hidden":
+        visible[..., place] = False
     if kind in ("heads", "lowest"):
         visible[:, 0, :, :place] = False
         visible[:, 1] = False
-    if kind == "bool":
-        mask = visible[:, :1]
-    elif kind != "heads":
+    mask = visible if kind == "heads" else visible[:, :1]
+    if kind in ("numbers", "lowest"):
         numbers = torch.randn(visible.shape, device=DEVICE).half()
         mask = numbers.masked_fill(~visible, -math.inf if kind == "numbers" else torch.finfo(torch.float16).min)
     arguments |= {"mask": mask, "position": torch.tensor([place], device=DEVICE)}
     for splits in (1, 2):
-        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, ahead=False, stages=3))
+        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, False, 3, primed=True))
         got, want = (arguments | {name: arguments[name].clone() for name in CACHES} for _ in range(2))
         assert rms_error(OP.overload(*got.values()), OP.reference(*want.values()).double()) < 5e-3
+        assert all(rms_error(got[name], want[name].double()) < 5e-3 for name in CACHES)
 
 
 @pytest.mark.slow
