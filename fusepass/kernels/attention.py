@@ -6,65 +6,23 @@ are 16 and more. The cache is split among programs, whose partial results a seco
 2.6 us more than a kernel of its own.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusepass.kernels.attention_mask import VERY_LOW, any_visible, mask_bias, visible_blocks
+from fusepass.kernels.attention_plan import FEW, block_d, plan, this_gpu
 from fusepass.kernels.common import before_activations, begin, load_halves, norm_rope
-from fusepass.kernels.launch import cdiv, interpreted, is_hip, next_power_of_2, pdl_options, run
+from fusepass.kernels.launch import cdiv, next_power_of_2, pdl_options, run
 
 MOST_QUERIES = 16
 """Columns of the widest tile."""
-FEW = tl.constexpr(8)
-"""Blocks of a split up to which it pays to ask for the first before the wait."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_VERY_LOW = tl.constexpr(-1e30)
-"""An additive mask hides with -inf or with the lowest finite value of some dtype."""
-
-
-@triton.jit
-def _bias(mask_ptr, offsets, inside):
-    """What the mask adds to the scores, in f32: -inf where it hides and where there is nothing."""
-    if mask_ptr.dtype.element_ty == tl.int1:
-        return tl.where(tl.load(mask_ptr + offsets, inside, other=0) != 0, 0.0, float("-inf"))
-    else:
-        return tl.load(mask_ptr + offsets, inside, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _visible_blocks(
-    mask_ptr, stride, length, split, splits, count, lowest, BLOCK: tl.constexpr, SCAN: tl.constexpr
-):  # fmt: skip
-    """First and last of a split's `count` blocks with a position whose bias is above `lowest`, and the end of the last
-    such position; (count, -1, 0) if there is none."""
-    first, last, end = count, -1, 0
-    for start in range(0, count, SCAN):
-        n = start + tl.arange(0, SCAN)
-        position = ((split + n * splits) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-        bias = _bias(mask_ptr, position.to(tl.int64) * stride, position < length)
-        seen = tl.max((bias > lowest).to(tl.int32), 1) > 0
-        first = tl.minimum(first, tl.min(tl.where(seen, n, count)))
-        last = tl.maximum(last, tl.max(tl.where(seen, n, -1)))
-        end = tl.maximum(end, tl.max(tl.where(bias > lowest, position + 1, 0)))
-    return first, last, end
-
-
-@triton.jit
-def _any_visible(mask_ptr, stride, length, WIDTH: tl.constexpr):
-    """Whether the row of the mask shows any position. Usually the first load tells."""
-    start, found = 0, 0
-    while (start < length) & (found == 0):
-        position = start + tl.arange(0, WIDTH)
-        bias = _bias(mask_ptr, position.to(tl.int64) * stride, position < length)
-        found = tl.max((bias > _VERY_LOW).to(tl.int32))
-        start += WIDTH
-    return found
 
 
 @triton.jit
@@ -102,7 +60,7 @@ def _attend(
         score = tl.where(inside, score, float("-inf"))
     if mask_ptr is not None:
         offsets = mask_offsets[None, :] + t.to(tl.int64)[:, None] * mask_stride_t
-        score += _bias(mask_ptr, offsets, mask_rows[None, :] & inside)
+        score += mask_bias(mask_ptr, offsets, mask_rows[None, :] & inside)
     higher = tl.maximum(highest, tl.max(score, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
     # log2(e) multiplies the difference: the score itself, -3.4e38 from a mask, would overflow.
@@ -196,16 +154,16 @@ def attention_kernel(
         first, last, end = count, -1, 0
         for i in range(MASK_ROWS):
             row_ptr = mask_ptr + (kv_head * GROUP + i % GROUP) * mask_stride_h + i // GROUP * mask_stride_s
-            row_first, row_last, row_end = _visible_blocks(
-                row_ptr, mask_stride_t, length, split, splits, count, _VERY_LOW, BLOCK, SCAN
+            row_first, row_last, row_end = visible_blocks(
+                row_ptr, mask_stride_t, length, split, splits, count, VERY_LOW, BLOCK, SCAN
             )
             if mask_ptr.dtype.element_ty != tl.int1:
                 # Low finite values count for nothing beside a higher one; among themselves they decide.
                 others = row_last
                 if row_last < 0:
-                    others = _any_visible(row_ptr, mask_stride_t, length, BLOCK * SCAN) - 1
+                    others = any_visible(row_ptr, mask_stride_t, length, BLOCK * SCAN) - 1
                 if others < 0:
-                    row_first, row_last, row_end = _visible_blocks(
+                    row_first, row_last, row_end = visible_blocks(
                         row_ptr, mask_stride_t, length, split, splits, count, float("-inf"), BLOCK, SCAN
                     )
             first = tl.minimum(first, row_first)
@@ -262,7 +220,8 @@ def attention_kernel(
                         if MASK_ROWS == 1 and mask_ptr.dtype.element_ty == tl.int1:
                             # The last position seen is seen: no load then that waits for the position.
                             masked = mine & (position != end - 1)
-                        bias = _bias(mask_ptr, mask_offsets + position.to(tl.int64) * mask_stride_t, mask_rows & masked)
+                        offsets = mask_offsets + position.to(tl.int64) * mask_stride_t
+                        bias = mask_bias(mask_ptr, offsets, mask_rows & masked)
                         score += tl.where(masked, bias, 0.0)
                     highest = tl.where(mine, score, highest)
                     total = tl.where(highest == float("-inf"), 0.0, 1.0)
@@ -366,75 +325,6 @@ def combine_kernel(
     tl.store(out_ptr + d, acc.to(out_ptr.dtype.element_ty), d < D)
 
 
-class Gpu(NamedTuple):
-    """What a plan depends on."""
-
-    programs: int
-    """How many to aim at: two for each multiprocessor."""
-    shared: int
-    """Bytes of shared memory that a program may take."""
-    columns: int = 8
-    """Of the smallest tile."""
-
-
-@functools.cache
-def _gpu(device: int) -> Gpu:
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return Gpu(2 * properties["multiprocessor_count"], properties["max_shared_mem"])
-
-
-def _this_gpu() -> Gpu:
-    if interpreted():
-        return Gpu(8, 96 << 10)
-    gpu = _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(264, 227 << 10)
-    return gpu._replace(shared=48 << 10, columns=16) if is_hip() else gpu
-
-
-class Plan(NamedTuple):
-    """How a launch is cut."""
-
-    block: int
-    """Positions of a block."""
-    splits: int
-    ahead: bool
-    """Whether `FEW` visible blocks or less are each loaded into registers while the one before is attended to, and the
-    first one before the kernel waits."""
-    stages: int
-    """Of the pipeline through shared memory that takes all others; 0 where there are none."""
-    primed: bool = False
-    """Whether the pipeline asks for its first blocks before the kernel waits."""
-
-
-@functools.lru_cache(4096)
-def _plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> Plan:
-    # Blocks of 8 KB of K, 32 positions of a bf16 head of 128, fit registers twice: the best for few groups.
-    row = _block_d(size) * element_size
-    block = max(16, min(64, 8192 // row))
-    blocks = cdiv(length, block)
-    # A power of two, as the tile of the combine has: 33 splits take 0.8 us more than 32.
-    most = 1 << (max(1, gpu.programs // groups).bit_length() - 1)
-    splits = min(blocks, most)
-    few_groups = most >= 16
-    if blocks <= (FEW.value if few_groups else 4) * splits:
-        return Plan(block, splits, ahead=True, stages=0)
-    if few_groups:
-        return Plan(block, splits, ahead=True, stages=3)
-    # Few splits of many blocks: larger ones, but as soon as one split has one block more, all wait for it. Blocks of
-    # 128 were faster with 512 positions and with 1000, yet slower with 513: see docs/performance.md.
-    block *= 2
-    splits = min(cdiv(length, block), most)
-    # A step of Qwen3-0.6B with 8 rows (4 blocks a split) takes 821 us instead of 877 so, at 537 positions, with 16 rows
-    # 1518 instead of 1557. But a block costs more: with 32 rows (16 blocks a split) it takes 1428 instead of 1383.
-    primed = cdiv(length, block) <= FEW.value * splits
-    # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many).
-    stages = max(1, min(3 if primed else 4, gpu.shared // (2 * block * row)))
-    return Plan(block, splits, ahead=False, stages=stages, primed=primed)
-
-
-def _block_d(size: int) -> int:
-    return max(16, next_power_of_2(size))
-
-
 @dataclass(frozen=True)
 class NewToken:
     """The one token whose attention it is, as projected: `attention` normalises and rotates it and writes it to the
@@ -474,11 +364,11 @@ def attention(
     group = q_heads // kv_heads
     rows = seq * group
     half = cdiv(size, 2)
-    block_d = _block_d(size)
-    gpu = _this_gpu()
+    width = block_d(size)
+    gpu = this_gpu()
     tile = gpu.columns if rows <= gpu.columns else MOST_QUERIES
-    plan = _plan(batch * kv_heads, size, length, k.element_size(), gpu)
-    block, splits = plan.block, plan.splits
+    cut = plan(batch * kv_heads, size, length, k.element_size(), gpu)
+    block, splits = cut.block, cut.splits
     # The mask of a split is looked through 2048 positions at a time.
     blocks = cdiv(cdiv(length, block), splits)
     scan = min(next_power_of_2(blocks), 2048 // block)
@@ -505,15 +395,15 @@ def attention(
         attention_kernel, (batch * kv_heads, splits),
         q, k, v, mask, out, partial, stats, scale, length, splits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
-        **sizes, BLOCK_D=block_d, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
-        BLOCK=block, SCAN=scan, AHEAD=plan.ahead, STAGES=plan.stages, PRIMED=plan.primed, HIGH=high, num_warps=4,
+        **sizes, BLOCK_D=width, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
+        BLOCK=block, SCAN=scan, AHEAD=cut.ahead, STAGES=cut.stages, PRIMED=cut.primed, HIGH=high, num_warps=4,
         **pdl_options(early),
     )  # fmt: skip
     if splits > 1:
         queries = batch * kv_heads * rows
         # Halves of heads while every program has a multiprocessor: a step of Qwen3-0.6B takes 499 -> 494 us, with two
         # sequences 613 -> 601. With eight, two programs a multiprocessor, 793 -> 825.
-        part = block_d // 2 if 4 * queries <= gpu.programs else block_d
+        part = width // 2 if 4 * queries <= gpu.programs else width
         run(
             combine_kernel, (queries, cdiv(size, part)),
             partial, stats, out, splits, *out.stride()[:3],

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusepass.kernels import attention as kernels
+from fusepass.kernels.attention_plan import Plan
 from fusepass.ops import OPS
 from tests.ops.gate import poisoned
 from tests.ops.sites import DEVICE, DTYPES
@@ -134,7 +135,7 @@ def test_many_blocks_a_split(
 ) -> None:
     """Of 6 and of 14 queries. With both loops: 10 visible blocks of one split go through the pipeline, 4 and less of
     three do not."""
-    monkeypatch.setattr(kernels, "_plan", lambda *_: kernels.Plan(16, splits, ahead, stages, primed))
+    monkeypatch.setattr(kernels, "plan", lambda *_: Plan(16, splits, ahead, stages, primed))
     shape, draws = (2, heads, 2, 2, 150, 16), []
     for _ in range(4):
         arguments = (*draw(shape, torch.float16), mask(shape, torch.float16), 0.3)

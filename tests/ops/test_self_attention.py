@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusepass.kernels import attention as kernels
+from fusepass.kernels.attention_plan import Plan
 from fusepass.ops import OPS
 from tests.ops.gate import DRAWS, FORM_CASES, Case, assert_as_exact_as_eager, rms_error
 from tests.ops.sites import DEVICE, DTYPES, QWEN3, SITES, Site, Sizes, Tensors, draw_cache, sample, tokens
@@ -103,8 +104,8 @@ def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: 
 def test_a_pipeline_sees_the_new_token(plan: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one split, and of two, after blocks that are loaded ahead or without them."""
     for splits in (1, 2):
-        chosen = kernels.Plan(16, splits, **{"ahead": False, "stages": 3, **plan})
-        monkeypatch.setattr(kernels, "_plan", lambda *_, chosen=chosen: chosen)
+        chosen = Plan(16, splits, **{"ahead": False, "stages": 3, **plan})
+        monkeypatch.setattr(kernels, "plan", lambda *_, chosen=chosen: chosen)
         case = Case(2, 1, None, F16, sizes=Sizes(40, 8, 3, 1, 24), draws=32)
         assert_exact(case, given(100, no_mask, [0, 40, 70, 99]))
 
@@ -133,7 +134,7 @@ def test_a_primed_pipeline_attends_to_the_token_apart(kind: str, place: int, mon
         mask = numbers.masked_fill(~visible, -math.inf if kind == "numbers" else torch.finfo(torch.float16).min)
     arguments |= {"mask": mask, "position": torch.tensor([place], device=DEVICE)}
     for splits in (1, 2):
-        monkeypatch.setattr(kernels, "_plan", lambda *_, n=splits: kernels.Plan(16, n, False, 3, primed=True))
+        monkeypatch.setattr(kernels, "plan", lambda *_, n=splits: Plan(16, n, False, 3, primed=True))
         got, want = (arguments | {name: arguments[name].clone() for name in CACHES} for _ in range(2))
         assert rms_error(OP.overload(*got.values()), OP.reference(*want.values()).double()) < 5e-3
         assert all(rms_error(got[name], want[name].double()) < 5e-3 for name in CACHES)
