@@ -72,8 +72,9 @@ def plan(groups: int, size: int, length: int, element_size: int, gpu: Gpu) -> Pl
     block *= 2
     splits = min(cdiv(length, block), most)
     # A step of Qwen3-0.6B with 8 rows (4 blocks a split) takes 821 us instead of 877 so, at 537 positions, with 16 rows
-    # 1518 instead of 1557. But a block costs more: with 32 rows (16 blocks a split) it takes 1428 instead of 1383.
-    primed = cdiv(length, block) <= FEW.value * splits
+    # 1518 instead of 1557. But a block costs more: with 32 rows (16 blocks a split) it takes 1428 instead of 1383. And
+    # in f32 registers spill.
+    primed = cdiv(length, block) <= FEW.value * splits and element_size < 4
     # Triton keeps one stage less than it counts in shared memory (with 16 queries, through wgmma on sm_90, as many).
     stages = max(1, min(3 if primed else 4, gpu.shared // (2 * block * row)))
     return Plan(block, splits, ahead=False, stages=stages, primed=primed)

@@ -228,8 +228,8 @@ def describe(kernel: CompiledKernel) -> str:
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of local memory (where registers spill to) of a thread, bytes of shared memory of a block,
-    loads before the wait; of those that read weights, and nothing else, with `evict_first`: loads, how many come before
-    the wait and bits of the narrowest."""
+    loads, and copies to shared memory, before the wait; of those that read weights, and nothing else, with
+    `evict_first`: loads, how many come before the wait and bits of the narrowest."""
     if "cubin" in kernel.asm:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
         usage = subprocess.check_output([*command, kernel.metadata_group[f"{kernel.name}.cubin"]], text=True)
@@ -246,6 +246,7 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
     early = ptx.partition("griddepcontrol.wait")[0]
     taken["early_loads"] = early.count("ld.global")
+    taken["early_copies"] = early.count("cp.async.cg")
     if "bulk.prefetch" in ptx:
         taken["prefetched_early"] = ptx.rindex("bulk.prefetch") < ptx.index("griddepcontrol.wait")
     if loads:

@@ -93,3 +93,13 @@ def test_weights_ahead_of_a_pipeline_are_asked_for_before_the_wait(kernels: list
     ahead = [kernel for kernel in kernels if "AHEAD=1, HELD=0" in kernel["kernel"] and "EARLY=True" in kernel["kernel"]]
     assert {kernel["kernel"].partition("(")[0] for kernel in ahead} == {"linear_skinny_kernel", "gated_skinny_kernel"}
     assert_each(ahead, lambda kernel: kernel["early_loads"] >= 1 + ("gated" in kernel["kernel"]))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_only_a_primed_pipeline_asks_for_its_first_blocks_before_the_wait(kernels: list[Kernel]) -> None:
+    """Two blocks of 32 KB, of which each of 128 threads copies 16 bytes at a time."""
+    found = [kernel for kernel in kernels if "PRIMED=" in kernel["kernel"] and "EARLY=True" in kernel["kernel"]]
+    primed = [kernel for kernel in found if "PRIMED=True" in kernel["kernel"]]
+    assert primed
+    assert_each(primed, lambda kernel: kernel["early_copies"] >= 32)
+    assert_each([kernel for kernel in found if kernel not in primed], lambda kernel: kernel["early_copies"] == 0)
