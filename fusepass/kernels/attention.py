@@ -73,15 +73,19 @@ def _attend(
 
 @triton.jit
 def _new_token(
-    q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
-    position_ptr, new_k_ptr, new_v_ptr, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
-    k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr, cos_stride_d, sin_ptr, sin_stride_d,
+    q_lo, q_hi, scale, k_ptr, v_ptr, k_stride_t, v_stride_t, length, split, splits,
+    position_ptr, new_k_ptr, new_v_ptr, new_offset, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
+    k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr, cos_offset, cos_stride_d, sin_ptr, sin_offset, sin_stride_d,
     D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
     HIGH: tl.constexpr,
 ):  # fmt: skip
     """Normalise and rotate the queries and the new key, and write this and the new value to the cache, if their
     position is this split's. Returns the halves of the queries [queries, BLOCK_H] and of the key [1, BLOCK_H], the
     value [BLOCK_D, 1], the position, whether it is this split's, and the scale."""
+    new_k_ptr += new_offset
+    new_v_ptr += new_offset
+    cos_ptr += cos_offset
+    sin_ptr += sin_offset
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
@@ -186,8 +190,13 @@ def attention_kernel(
         before_activations(EARLY)
 
     q_ptr += (batch * q_stride_b + head * q_stride_h + token * q_stride_s)[:, None]
-    new = (batch * KV_HEADS + kv_head) * D
-    cos_offset, sin_offset = batch * cos_stride_b, batch * sin_stride_b
+    if position_ptr is not None:
+        given = (
+            k_ptr, v_ptr, k_stride_t, v_stride_t, length, split, splits,
+            position_ptr, new_k_ptr, new_v_ptr, (batch * KV_HEADS + kv_head) * D,
+            q_norm_ptr, q_norm_lo, q_norm_hi, q_eps, k_norm_ptr, k_norm_lo, k_norm_hi, k_eps,
+            cos_ptr, batch * cos_stride_b, cos_stride_d, sin_ptr, batch * sin_stride_b, sin_stride_d,
+        )  # fmt: skip
     position = -1
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -208,11 +217,8 @@ def attention_kernel(
                 q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
                 if position_ptr is not None:
                     q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
-                        q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
-                        position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
-                        k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
-                        sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
-                    )  # fmt: skip
+                        q_lo, q_hi, scale, *given, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH
+                    )
                     products = q_lo.to(tl.float32) * new_k_lo.to(tl.float32)
                     score = tl.sum(products + q_hi.to(tl.float32) * new_k_hi.to(tl.float32), 1) * scale
                     if mask_ptr is not None:
@@ -238,11 +244,8 @@ def attention_kernel(
         q_hi = tl.load(q_ptr + HALF + h, (row < ROWS)[:, None] & (HALF + h < D), other=0.0)
         if position_ptr is not None:
             q_lo, q_hi, new_k_lo, new_k_hi, new_v, position, mine, scale = _new_token(
-                q_lo, q_hi, k_ptr, v_ptr, k_stride_t, v_stride_t, scale, length, split, splits,
-                position_ptr, new_k_ptr + new, new_v_ptr + new, q_norm_ptr, q_norm_lo, q_norm_hi, q_eps,
-                k_norm_ptr, k_norm_lo, k_norm_hi, k_eps, cos_ptr + cos_offset, cos_stride_d,
-                sin_ptr + sin_offset, sin_stride_d, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH,
-            )  # fmt: skip
+                q_lo, q_hi, scale, *given, D, HALF, BLOCK_D, BLOCK_H, BLOCK, HIGH
+            )
         if AHEAD:
             for n in tl.range(first, ahead_end, num_stages=1):
                 start = (split + n * splits) * BLOCK
