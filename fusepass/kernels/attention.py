@@ -400,7 +400,7 @@ def attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3], *token,
         **sizes, BLOCK_D=width, TILE=tile, MASK_ROWS=mask_rows, HALF=half, BLOCK_H=max(16, next_power_of_2(half)),
         BLOCK=block, SCAN=scan, AHEAD=cut.ahead, STAGES=cut.stages, PRIMED=cut.primed, HIGH=high, num_warps=4,
-        **pdl_options(early),
+        enable_fp_fusion=high, **pdl_options(early),
     )  # fmt: skip
     if splits > 1:
         queries = batch * kv_heads * rows

@@ -88,5 +88,5 @@ def qk_norm_rope(
         cos, sin, cos.stride(0), cos.stride(2), cos.stride(3), sin.stride(0), sin.stride(2), sin.stride(3),
         seq, q_blocks, Q_HEADS=q_heads, K_HEADS=k_heads, D=head_dim,
         BLOCK_H=block_h, BLOCK_D=next_power_of_2(head_dim // 2), HIGH=high, num_warps=4,
-        **pdl_options(early),
+        enable_fp_fusion=high, **pdl_options(early),
     )  # fmt: skip

@@ -61,6 +61,13 @@ def test_every_kernel_fits_in_shared_memory(kernels: list[Kernel], target: str) 
     assert_each(kernels, lambda kernel: kernel["shared_bytes"] <= SHARED_LIMIT[target])
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+def test_products_that_eager_stores_are_rounded_before_they_are_added(kernels: list[Kernel]) -> None:
+    """A compiler that contracts `round(a * b) + c` to one instruction rounds once. (On sm_80 every product in bf16 is
+    such an instruction, with a sum of -0.)"""
+    assert_each([k for k in kernels if "HIGH=True" not in k["kernel"]], lambda kernel: kernel["narrow_fmas"] == 0)
+
+
 @pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
 def test_weights_are_read_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
     reading = [kernel for kernel in kernels if "weight_load_bits" in kernel]
