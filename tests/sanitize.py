@@ -1,9 +1,12 @@
-"""For compute-sanitizer: every op at odd sizes, two decode steps of a model, and sampled tokens, without CUDA graphs.
+"""For compute-sanitizer: every op at odd sizes, every plan of attention, two decode steps of a model, and sampled
+tokens, without CUDA graphs.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.sanitize
 
 After the word "finished" come two faults that a working sanitizer finds. (PyTorch's memory pool would hide both.)
 """
+
+from unittest import mock
 
 import torch
 import triton
@@ -11,8 +14,9 @@ import triton.language as tl
 
 import fusepass
 from fusepass import tuning
-from fusepass.kernels import gemv
+from fusepass.kernels import attention, gemv
 from fusepass.kernels import sample as sampling
+from fusepass.kernels.attention_plan import Plan
 from tests.decoding import DEVICE, decode, decoder, draw_tokens, fill
 from tests.models import static_cache
 from tests.ops.sites import SITES, as_tuple, sample
@@ -64,6 +68,18 @@ def run_one_row_on_tensor_cores() -> None:
     assert all(out.isfinite().all() for out in outs)
 
 
+def run_every_plan_of_attention() -> None:
+    """Of which some are for many sequences and long caches; here in blocks of 16, more than are loaded ahead."""
+    arguments = sample("self_attention", 2, 1)
+    arguments |= {name: arguments[name].repeat(1, 1, 4, 1) for name in ("k_cache", "v_cache")}
+    visible = torch.rand(2, 1, 1, arguments["k_cache"].shape[2], device=DEVICE) < 0.9
+    for plan in (Plan(16, 2, True, 0), Plan(16, 1, True, 3), Plan(16, 2, False, 4), Plan(16, 2, False, 3, primed=True)):
+        with mock.patch.object(attention, "plan", lambda *_, plan=plan: plan):
+            for mask in (None, visible):
+                output = SITES["self_attention"].op.overload(*(arguments | {"mask": mask}).values())
+                assert output.isfinite().all()
+
+
 def run_a_model() -> None:
     model = decoder()
     run = torch.compile(model, backend="fusepass", options={"remainder": "eager"})
@@ -87,6 +103,7 @@ def run_sampling() -> None:
 def main() -> None:
     run_every_op()
     run_one_row_on_tensor_cores()
+    run_every_plan_of_attention()
     run_a_model()
     run_sampling()
 

@@ -79,10 +79,9 @@ def norm_rope(
         rstd = tl.rsqrt((tl.sum(lo * lo, 1) + tl.sum(hi * hi, 1)) / D + eps)[:, None]
         lo = normalise(lo, weight_lo, rstd, dtype, HIGH)
         hi = normalise(hi, weight_hi, rstd, dtype, HIGH)
-    # q * cos + rotate_half(q) * sin, https://arxiv.org/abs/2104.09864, each product rounded as eager stores it: only in
-    # kernels that are launched with enable_fp_fusion=HIGH. Else LLVM multiplies in 16 bits and contracts product and sum
-    # to one instruction, which rounds once: 22 % of the keys were not the bits of eager's on an H200 (of the values,
-    # which are not rotated, 0.05 %).
+    # q * cos + rotate_half(q) * sin, https://arxiv.org/abs/2104.09864, each product rounded as eager stores it: in
+    # kernels that are launched with enable_fp_fusion=HIGH. Else LLVM multiplies in 16 bits and contracts product and
+    # sum to one instruction, which rounds once: on an H200 22 % of the keys had other bits than eager's.
     out_lo = stored(lo * cos_lo, dtype, HIGH) - stored(hi * sin_lo, dtype, HIGH)
     out_hi = stored(hi * cos_hi, dtype, HIGH) + stored(lo * sin_hi, dtype, HIGH)
     return out_lo.to(dtype), out_hi.to(dtype)

@@ -228,8 +228,8 @@ def describe(kernel: CompiledKernel) -> str:
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of local memory (where registers spill to) of a thread, bytes of shared memory of a block,
-    16-bit products that are added before they are rounded, loads, and copies to shared memory, before the wait; of those
-    that read weights, and nothing else, with `evict_first`: loads, how many come before the wait and bits of the
+    16-bit products that are added before they are rounded; before the wait, loads, and copies to shared memory. Of
+    loads that read weights, and nothing else, with `evict_first`: how many, how many before the wait, and bits of the
     narrowest."""
     if "cubin" in kernel.asm:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage"]
@@ -244,7 +244,8 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
         "shared_bytes": kernel.metadata.shared,
     }
     ptx = kernel.asm.get("ptx", "")
-    taken["narrow_fmas"] = len(re.findall(r"\bfma\.rn(?:\.ftz)?\.b?f16|v_(?:pk_)?fmac?_f16", ptx or kernel.asm["amdgcn"]))
+    narrow = r"\bfma\.rn(?:\.ftz)?\.b?f16|v_(?:pk_)?fmac?_f16"
+    taken["narrow_fmas"] = len(re.findall(narrow, ptx or kernel.asm["amdgcn"]))
     loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
     early = ptx.partition("griddepcontrol.wait")[0]
     taken["early_loads"] = early.count("ld.global")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusepass.kernels import attention as kernels
 from fusepass.kernels.attention_plan import Plan
 from fusepass.ops import OPS
-from tests.ops.gate import DRAWS, FORM_CASES, Case, assert_as_exact_as_eager, rms_error
+from tests.ops.gate import FORM_CASES, Case, assert_as_exact_as_eager, rms_error
 from tests.ops.sites import DEVICE, DTYPES, QWEN3, SITES, Site, Sizes, Tensors, draw_cache, sample, tokens
 from tests.ops.test_attention import MASKS, Shape, no_mask
 from tests.ops.test_contract import bits
@@ -95,9 +95,7 @@ MASKED += [
 def test_as_exact_as_eager_under_any_mask(shape: tuple[int, int, Sizes], dtype: torch.dtype, mask: Mask) -> None:
     """The masks hide the tokens' own position, too."""
     batch, length, sizes = shape
-    # Of long contexts a few heads decide the error: with 32 draws 2 runs in 100 were above the gate by chance.
-    draws = 128 if DEVICE == "cuda" else DRAWS
-    assert_exact(Case(batch, 1, None, dtype, sizes=sizes, draws=draws), given(length, mask))
+    assert_exact(Case(batch, 1, None, dtype, sizes=sizes), given(length, mask))
 
 
 @pytest.mark.parametrize("plan", [{}, {"ahead": True}, {"primed": True}], ids=str)
