@@ -71,7 +71,7 @@ def run_one_row_on_tensor_cores() -> None:
 def run_every_plan_of_attention() -> None:
     """Of which some are for many sequences and long caches; here in blocks of 16, more than are loaded ahead."""
     arguments = sample("self_attention", 2, 1)
-    arguments |= {name: arguments[name].repeat(1, 1, 4, 1) for name in ("k_cache", "v_cache")}
+    arguments |= {name: arguments[name].repeat(1, 1, 2, 1) for name in ("k_cache", "v_cache")}
     visible = torch.rand(2, 1, 1, arguments["k_cache"].shape[2], device=DEVICE) < 0.9
     for plan in (Plan(16, 2, True, 0), Plan(16, 1, True, 3), Plan(16, 2, False, 4), Plan(16, 2, False, 3, primed=True)):
         with mock.patch.object(attention, "plan", lambda *_, plan=plan: plan):

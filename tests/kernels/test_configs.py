@@ -14,7 +14,7 @@ from torch import Tensor
 import fusepass.tuning
 from fusepass import tuning
 from fusepass.kernels import gemv, skinny
-from fusepass.kernels.launch import next_power_of_2
+from fusepass.kernels.launch import cdiv, next_power_of_2
 from fusepass.ops import OPS
 from tests.ops.gate import poisoned
 from tests.ops.sites import DEVICE
@@ -108,18 +108,21 @@ def _check(
     assert rms_error(ours, exact) <= MARGIN * rms_error(theirs, exact)
 
 
-@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kernel", ["linears", "gated"])
-@pytest.mark.parametrize(("config", "m"), [*zip(ROWS, (1, 2, 3, 4)), *zip(ROWS, (4, 1, 2, 3))], ids=str)
-def test_rows_by_every_walk_along_k(config: Config, m: int, kernel: str, norm: bool) -> None:
-    check(config, kernel, m, 13, K, torch.float16, norm, 32)
+@pytest.mark.parametrize(
+    ("config", "m", "norm"), [*zip(ROWS, (1, 2, 3, 4), [False] * 4), *zip(ROWS, (4, 1, 2, 3), [True] * 4)], ids=str
+)
+def test_rows_by_every_walk_along_k(config: Config, m: int, norm: bool, kernel: str) -> None:
+    check(config, kernel, m, 13, K, torch.float16, norm, cdiv(32, m))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("kernel", ["linears", "gated"])
-@pytest.mark.parametrize(("k", "config"), MMA, ids=str)
-def test_one_row_on_tensor_cores_by_every_walk_along_k(k: int, config: Config, kernel: str, norm: bool) -> None:
-    check(config, kernel, 1, 13, k, torch.float16, norm, 32)
+@pytest.mark.parametrize(("kernel", "norms"), [("linears", [False, True]), ("gated", [True, False])], ids=str)
+@pytest.mark.parametrize(("k", "config", "which"), [(*case, i % 2) for i, case in enumerate(MMA)], ids=str)
+def test_one_row_on_tensor_cores_by_every_walk_along_k(
+    k: int, config: Config, which: int, kernel: str, norms: list[bool]
+) -> None:
+    """With the norm and without, in turn."""
+    check(config, kernel, 1, 13, k, torch.float16, norms[which], 32)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusepass.ops import OPS, Op
+from tests.models import enlarge_k_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32)
@@ -82,12 +83,11 @@ def redraw(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.3, 3.0)
-            if "k_norm" in name:
-                parameter[torch.randperm(len(parameter))[:2]] = torch.tensor([41.0, 96.5]).to(parameter)
         elif parameter.dim() == 1:
             parameter.normal_()
         else:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
+    enlarge_k_norm(layer.self_attn)
 
 
 def activations(layer: nn.Module, *shape: int, outliers: int = 3) -> Tensor:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusepass.kernels import attention as kernels
 from fusepass.kernels.attention_plan import Plan
+from fusepass.kernels.launch import cdiv
 from fusepass.ops import OPS
 from tests.ops.gate import poisoned
 from tests.ops.sites import DEVICE, DTYPES
@@ -112,7 +113,7 @@ def rms_error(got: Tensor, want: Tensor) -> float:
 def test_as_exact_as_eager(shape: Shape, dtype: torch.dtype, mask: Mask) -> None:
     seen: tuple[list[Tensor], ...] = ([], [], [])
     # in the interpreter a query is a draw
-    for _ in range(DRAWS if DEVICE == "cuda" else max(1, DRAWS // math.prod(shape[:2]))):
+    for _ in range(DRAWS if DEVICE == "cuda" else cdiv(DRAWS, math.prod(shape[:2]))):
         arguments = (*draw(shape, dtype), mask(shape, dtype), 1.3 * shape[5] ** -0.5)
         with poisoned():
             ours = OP.overload(*arguments)
@@ -137,7 +138,7 @@ def test_many_blocks_a_split(
     three do not."""
     monkeypatch.setattr(kernels, "plan", lambda *_: Plan(16, splits, ahead, stages, primed))
     shape, draws = (2, heads, 2, 2, 150, 16), []
-    for _ in range(4):
+    for _ in range(cdiv(DRAWS, math.prod(shape[:2]) * shape[3])):
         arguments = (*draw(shape, torch.float16), mask(shape, torch.float16), 0.3)
         with poisoned():
             ours = OP.overload(*arguments)

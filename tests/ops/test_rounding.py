@@ -22,7 +22,7 @@ MOST = {"norm_gated_mlp": 0.15}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-@pytest.mark.parametrize(("batch", "seq", "strategy"), [(1, 1, "rows"), *FORM_STEPS])
+@pytest.mark.parametrize(("batch", "seq", "strategy"), [(1, 1, "rows"), *FORM_STEPS[1:]])
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 def test_only_the_order_of_sums_differs_from_eager(
     name: str, batch: int, seq: int, strategy: Strategy, dtype: torch.dtype
