@@ -17,7 +17,7 @@ from tests.fuzz.blocks import Plan
 from tests.fuzz.judge import Verdict, judge
 from tests.fuzz.plans import plans
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 
 
 def fuzz(count: int, strategy: st.SearchStrategy[Plan]) -> Counter[str]:
