@@ -1,12 +1,12 @@
 """What the kernels become on GPUs that no test machine has: `compile_kernels.py` compiles, this reads the result."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ KIB = 1024
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 """Most shared memory that a block may have, by target. NVIDIA: the technical specifications by compute capability in
 https://docs.nvidia.com/cuda/cuda-c-programming-guide/; AMD: the local data share of a compute unit."""
+TARGETS = [pytest.param(target, marks=[pytest.mark.slow] * (target == "sm_80")) for target in SHARED_LIMIT]
+"""To compile for a target takes a minute."""
 NOISE_BYTES = 16
 """Local memory that is no spill: as Triton calls it (--regAllocOptLevel=2), ptxas puts up to four values of a thread
 there while registers are left (seen at 56 of 255). A kernel that needs more registers than there are takes more."""
@@ -23,6 +25,7 @@ there while registers are left (seen at 56 of 255). A kernel that needs more reg
 Kernel = dict[str, Any]
 
 
+@functools.cache
 def compile_for(target: str) -> list[Kernel]:
     """What every kernel takes. In a process of its own: this one may have Triton's interpreter on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -33,16 +36,9 @@ def compile_for(target: str) -> list[Kernel]:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[dict[str, Future[list[Kernel]]]]:
-    """The kernels by target; the targets compile side by side."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {target: pool.submit(compile_for, target) for target in SHARED_LIMIT}
-
-
 @pytest.fixture
-def kernels(compiled: dict[str, Future[list[Kernel]]], target: str) -> list[Kernel]:
-    return compiled[target].result()
+def kernels(target: str) -> list[Kernel]:
+    return compile_for(target)
 
 
 def assert_each(kernels: list[Kernel], holds: Callable[[Kernel], bool]) -> None:
@@ -51,12 +47,12 @@ def assert_each(kernels: list[Kernel], holds: Callable[[Kernel], bool]) -> None:
     assert not others, "\n".join(others)
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_spills_registers(kernels: list[Kernel]) -> None:
     assert_each(kernels, lambda kernel: kernel["local_bytes"] <= NOISE_BYTES)
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_fits_in_shared_memory(kernels: list[Kernel], target: str) -> None:
     assert_each(kernels, lambda kernel: kernel["shared_bytes"] <= SHARED_LIMIT[target])
 
@@ -68,14 +64,14 @@ def test_products_that_eager_stores_are_rounded_before_they_are_added(kernels: l
     assert_each([k for k in kernels if "HIGH=True" not in k["kernel"]], lambda kernel: kernel["narrow_fmas"] == 0)
 
 
-@pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
+@pytest.mark.parametrize("target", TARGETS[:3])
 def test_weights_are_read_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
     reading = [kernel for kernel in kernels if "weight_load_bits" in kernel]
     assert reading
     assert_each(reading, lambda kernel: kernel["weight_load_bits"] >= 128)
 
 
-@pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target.startswith("sm_")])
+@pytest.mark.parametrize("target", TARGETS[:3])
 def test_weights_are_prefetched_before_the_wait_or_not_at_all(kernels: list[Kernel], target: str) -> None:
     """Behind the wait, or where nothing waits, the loads come at once."""
     early = [kernel["prefetched_early"] for kernel in kernels if "prefetched_early" in kernel]
